@@ -1,0 +1,101 @@
+"""Evaluators: each measures a model under a protocol and keeps the per-document results.
+
+An evaluator is a frozen pydantic dataclass in `qfarm/evaluate/`, named in a job by its file name; its fields are the
+protocol. It never changes the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pydantic
+
+from qfarm.errors import InvalidInput, nearest
+from qfarm.matrix import canonical_hash
+from qfarm.recipe import describe
+
+if TYPE_CHECKING:
+    from qfarm.record import Document, Metric
+    from qfarm.worker import Session
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one evaluation of one cell gives."""
+
+    metrics: tuple[Metric, ...]
+    documents: tuple[Document, ...]  # the ledger
+
+
+class Evaluator:
+    """Base of all evaluators."""
+
+    version: ClassVar[int] = 1  # raise it when a fix changes results: it enters the evaluation's identity
+
+    @property
+    def name(self) -> str:
+        return type(self).__module__.rsplit(".", 1)[-1]
+
+    @property
+    def label(self) -> str:
+        """Short and human: 'perplexity wikitext2 2048'."""
+        raise NotImplementedError
+
+    def texts(self) -> tuple[tuple[str, str], ...]:
+        """(text, part) pairs whose hashes belong to the protocol."""
+        return ()
+
+    def tokens(self) -> int:
+        """About how many tokens one run feeds to the model; for estimates only."""
+        raise NotImplementedError
+
+    def prepare(self, session: Session) -> None:
+        """Called before the cell is quantized, while the model is still the original one."""
+
+    def run(self, session: Session, progress: Callable[[int, int], None]) -> Result:
+        raise NotImplementedError
+
+    def protocol(self, tokenizer: str, dtype: str, text_hash: Callable[[str, str], str]) -> dict[str, Any]:
+        """Everything two rows must agree on before they may be compared."""
+        return {
+            "evaluator": self.name,
+            "version": self.version,
+            "options": {field.name: getattr(self, field.name) for field in dataclasses.fields(self)},  # type: ignore[arg-type]
+            "texts": {f"{text}/{part}": text_hash(text, part) for text, part in self.texts()},
+            "tokenizer": tokenizer,
+            "dtype": dtype,
+            "run": "fake",  # fake quantization; kernels and packed weights measure speed and size instead
+        }
+
+
+def eval_id(protocol: Mapping[str, Any]) -> str:
+    return canonical_hash(protocol)
+
+
+def evaluator_names() -> list[str]:
+    return sorted(info.name for info in pkgutil.iter_modules(__path__))
+
+
+def build_evaluator(name: str, options: Mapping[str, Any]) -> Evaluator:
+    if name not in evaluator_names():
+        raise InvalidInput(f'unknown evaluation "{name}"{nearest(name, evaluator_names())}')
+    kind: type[Evaluator] = importlib.import_module(f"qfarm.evaluate.{name}").EVALUATOR
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(dict(options))
+    except pydantic.ValidationError as error:
+        raise InvalidInput(f"{name}: {describe(error, [f.name for f in dataclasses.fields(kind)])}") from None  # type: ignore[arg-type]
+
+
+def parse_evaluation(entry: object) -> Evaluator:
+    """Read one entry of a job's `evaluate`: a name or {name: options}. Raises InvalidInput."""
+    if isinstance(entry, str):
+        return build_evaluator(entry, {})
+    if isinstance(entry, Mapping) and len(entry) == 1:
+        name, options = next(iter(entry.items()))
+        if options is None or isinstance(options, Mapping):
+            return build_evaluator(str(name), options or {})
+    raise InvalidInput(f"expected an evaluation's name or {{name: options}}, got {entry!r}")

@@ -1,0 +1,215 @@
+"""Matrix: a job's axes expanded into cells, each with an identity, and the cells that cannot be, each with its rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from qfarm.errors import InvalidInput, JobError
+from qfarm.job import Block, Calibration, Job, Match
+from qfarm.scheme import Scheme, parse_scheme
+
+if TYPE_CHECKING:
+    from qfarm.models.reference import ModelFacts
+    from qfarm.recipe import Recipe
+
+# Sites that get round-to-nearest when the scheme quantizes them and no method of the recipe claims them.
+RTN_SITES = frozenset({"weight"})
+ID_CHARACTERS = 16
+
+
+def canonical_hash(value: object) -> str:
+    """Identity of plain data: the first 64 bits of SHA-256 over its canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:ID_CHARACTERS]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One model x recipe x scheme x group size x seed with its calibration: the unit that is quantized.
+
+    Plain data only, so that it travels to workers and into the store unchanged.
+    """
+
+    model: str  # the reference as the job gives it
+    fingerprint: str  # of weights and configuration
+    tokenizer: str  # hash of the tokenizer
+    dtype: str
+    recipe: str  # "smoothquant+gptq", "baseline"
+    methods: tuple[Mapping[str, Any], ...]  # Recipe.specs()
+    scheme: str
+    group_size: int  # of weights; -1 = per channel
+    symmetric: bool  # of weights
+    scale_dtype: str
+    statistics: str | None  # sequential | independent; None when nothing is calibrated
+    calibration: Mapping[str, Any] | None  # text, source hash, samples, length
+    seed: int | None
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.recipe == "baseline"
+
+    @property
+    def cell_id(self) -> str:
+        identity = dataclasses.asdict(self)
+        # The name under which a model or a text was found is not part of what it is.
+        del identity["model"], identity["recipe"]
+        if self.calibration:
+            identity["calibration"] = {k: v for k, v in self.calibration.items() if k != "text"}
+        return canonical_hash(identity)
+
+    @property
+    def label(self) -> str:
+        group = "" if self.group_size == -1 else f" g{self.group_size}"
+        seed = f" seed {self.seed}" if self.seed else ""
+        return f"{self.recipe} {self.scheme}{group}{seed}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Invalid:
+    """A combination of the matrix that is not run, with the rule that it breaks."""
+
+    model: str
+    label: str
+    rule: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Matrix:
+    cells: tuple[Cell, ...]  # baselines first, then in the job's order
+    invalid: tuple[Invalid, ...]
+    notes: tuple[str, ...]  # what the user should know: an exclude that matches nothing, ...
+
+
+def expand(job: Job, facts: Callable[[str], ModelFacts], text_hash: Callable[[str], str]) -> Matrix:
+    """All cells of a job, deterministically.
+
+    `facts` describes a model by its reference, `text_hash` a calibration text by its name. Equal cells collapse;
+    the full-precision baseline of each model is added. Raises JobError when no valid cell remains.
+    """
+    cells: dict[str, Cell] = {}
+    invalid: dict[Invalid, None] = {}
+    used: set[int] = set()
+    models = dict.fromkeys(name for block in job.blocks for name in block.models)
+    for name in models:
+        cell = _cell(job, facts(name), _baseline_recipe(), Scheme(), -1, 0, text_hash)
+        cells[cell.cell_id] = cell
+    for block in job.blocks:
+        for axes in _product(block):
+            name, recipe, scheme, group_size, seed = axes
+            matched = [i for i, match in enumerate(job.exclude) if _matches(match, *axes)]
+            used.update(matched)
+            if matched:
+                continue
+            rule = broken_rule(facts(name), recipe, scheme, group_size, bool(job.file.symmetric))
+            if rule:
+                group = "" if group_size == -1 else f" g{group_size}"
+                invalid[Invalid(model=name, label=f"{recipe.name} {scheme}{group}", rule=rule)] = None
+                continue
+            cell = _cell(job, facts(name), recipe, scheme, group_size, seed, text_hash)
+            cells.setdefault(cell.cell_id, cell)
+    if all(cell.is_baseline for cell in cells.values()) and any(block.recipes for block in job.blocks):
+        reason = next(iter(invalid)).rule if invalid else "every cell is excluded"
+        raise JobError(f"{job.path}: the matrix is empty: {reason}")
+    notes = [f"exclude[{i}] matches no cell" for i in range(len(job.exclude)) if i not in used]
+    ordered = sorted(cells.values(), key=lambda cell: not cell.is_baseline)
+    return Matrix(cells=tuple(ordered), invalid=tuple(invalid), notes=tuple(notes))
+
+
+def broken_rule(facts: ModelFacts, recipe: Recipe, scheme: Scheme, group_size: int, symmetric: bool) -> str | None:
+    """The first rule that this combination breaks, or None when it can run."""
+    if not scheme.sites:
+        return f"{scheme} leaves everything at 16 bits; that is the baseline, which is added by itself"
+    idle = sorted(recipe.claims - scheme.sites)
+    if idle:
+        return f"{recipe.name} quantizes {', '.join(idle)}, which {scheme} leaves at 16 bits"
+    orphans = sorted(scheme.sites - recipe.claims - RTN_SITES)
+    if orphans:
+        return f"{scheme} quantizes {', '.join(orphans)}, which no method of {recipe.name} does"
+    for method in recipe.methods:
+        refused = method.refusal(group_size, symmetric)
+        if refused:
+            return f"{method.name}: {refused}"
+    if "weight" in scheme.sites:
+        return _broken_weight_rule(facts, recipe, scheme, group_size)
+    return None
+
+
+def _broken_weight_rule(facts: ModelFacts, recipe: Recipe, scheme: Scheme, group_size: int) -> str | None:
+    solver = recipe.solver
+    widths = solver.widths if solver else range(2, 9)
+    for bits in scheme.weight_widths:
+        if bits not in widths:
+            name = solver.name if solver else "rtn"
+            return f"{name} quantizes weights to {widths.start}..{widths.stop - 1} bits, not {bits}"
+    if group_size == -1:
+        return None
+    for role, (_, inputs) in (facts.linear_shapes or {}).items():
+        if inputs % group_size:
+            return f"group size {group_size} does not divide the {inputs} inputs of {role}"
+    return None
+
+
+def _baseline_recipe() -> Recipe:
+    from qfarm.recipe import Recipe
+
+    return Recipe()
+
+
+def _cell(
+    job: Job, facts: ModelFacts, recipe: Recipe, scheme: Scheme, group_size: int, seed: int, text_hash: Callable[[str], str]
+) -> Cell:
+    from qfarm.recipe import Recipe
+
+    if "weight" not in scheme.sites:
+        group_size = -1
+    resolved = Recipe(tuple(method.resolve(group_size) for method in recipe.methods))
+    calibration: Calibration = job.file.calibration
+    return Cell(
+        model=facts.reference,
+        fingerprint=facts.fingerprint,
+        tokenizer=facts.tokenizer,
+        dtype=job.file.dtype,
+        recipe=resolved.name,
+        methods=tuple(resolved.specs()),
+        scheme=str(scheme),
+        group_size=group_size,
+        symmetric=bool(job.file.symmetric) and bool(scheme.sites),
+        scale_dtype=job.file.scale_dtype if scheme.sites else "float16",
+        statistics=job.file.statistics if resolved.needs_text else None,
+        calibration=(
+            calibration.model_dump() | {"source": text_hash(calibration.text)} if resolved.needs_text else None
+        ),
+        seed=seed if resolved.needs_seed else None,
+    )
+
+
+Axes = tuple[str, "Recipe", Scheme, int, int]
+
+
+def _product(block: Block) -> itertools.product[Any]:
+    return itertools.product(block.models, block.recipes, block.schemes, block.group_sizes, block.seeds)
+
+
+def _matches(match: Match, model: str, recipe: Recipe, scheme: Scheme, group_size: int, seed: int) -> bool:
+    return (
+        match.model in (None, model)
+        and match.method in (None, recipe.name)
+        and (match.bits is None or parse_scheme(match.bits) == scheme)
+        and match.group_size in (None, group_size)
+        and match.seed in (None, seed)
+    )
+
+
+def find_cell(cells: tuple[Cell, ...], text: str) -> Cell:
+    """The one cell whose id starts with `text` or whose label is `text`. Raises InvalidInput."""
+    found = [cell for cell in cells if cell.cell_id.startswith(text) or cell.label == text]
+    if len(found) == 1:
+        return found[0]
+    labels = ", ".join(f'{cell.cell_id} ("{cell.label}")' for cell in (found or cells)[:20])
+    problem = "names several cells" if found else "names no cell of this job"
+    raise InvalidInput(f'"{text}" {problem}; cells: {labels}')

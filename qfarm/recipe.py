@@ -1,0 +1,210 @@
+"""Recipe: how a model is quantized. One method or a chain (`smoothquant+gptq`), looked up by file name.
+
+A method is a frozen pydantic dataclass in `methods/`; its fields are its options. It declares what it claims (the
+sites of the scheme that it quantizes) and at which stage it runs. Steps run by stage, whatever the order in which a
+chain is written:
+
+    TRANSFORM    changes the model without changing its function (smoothing, rotation); claims no site
+    WEIGHTS      one base solver per recipe quantizes linear layers one by one
+    ACTIVATIONS  installs quantizers at linear inputs, queries, probabilities
+    CACHE        provides the KV cache
+
+Third parties add methods through the entry-point group `qfarm.methods` (name = method name, value = module).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import pydantic
+
+from qfarm.errors import InvalidInput, JobError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from qfarm.calibrate import InputStatistics, Statistic
+    from qfarm.quantizer import Grid, QuantizedWeight
+
+# Every method's dataclass: `@dataclass(frozen=True, kw_only=True, config=STRICT)`.
+STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
+
+
+class Stage(enum.IntEnum):
+    TRANSFORM = 0
+    WEIGHTS = 1
+    ACTIVATIONS = 2
+    CACHE = 3
+
+
+class Method:
+    """Base of all methods. Subclasses are frozen pydantic dataclasses whose fields are the options."""
+
+    version: ClassVar[int] = 1  # raise it when a fix changes results: it enters the cell's identity
+    source: ClassVar[str]  # paper or code that defines the method
+    stage: ClassVar[Stage]
+    claims: ClassVar[frozenset[str]] = frozenset()
+    widths: ClassVar[range] = range(2, 9)  # weight widths that a weight solver supports, in bits
+
+    @property
+    def name(self) -> str:
+        return type(self).__module__.rsplit(".", 1)[-1]
+
+    @property
+    def needs_text(self) -> bool:
+        """True if calibration text is read; then calibration and seed enter the cell's identity."""
+        return False
+
+    @property
+    def needs_seed(self) -> bool:
+        """True if the method draws random numbers of its own."""
+        return False
+
+    def resolve(self, group_size: int) -> Self:
+        """The same method with every 'automatic' option replaced by what it means for this cell."""
+        return self
+
+    def refusal(self, group_size: int, symmetric: bool) -> str | None:
+        """The rule that forbids this cell, or None. Called before anything is loaded."""
+        return None
+
+    def options(self) -> dict[str, Any]:
+        """All options with their values, defaults included."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+class WeightSolver(Method):
+    """Quantizes one linear layer at a time; the walker (qfarm.calibrate) feeds it.
+
+    A solver treats output rows independently, so the walker may stack the rows of layers that share an input.
+    """
+
+    stage = Stage.WEIGHTS
+    claims = frozenset({"weight"})
+
+    def statistics(self) -> frozenset[Statistic]:
+        """What `quantize_linear` needs to know of the layer's inputs."""
+        return frozenset()
+
+    @property
+    def true_sequential(self) -> bool:
+        """True: inside a block, layers see inputs that earlier layers of the block have already quantized."""
+        return False
+
+    @property
+    def needs_text(self) -> bool:
+        return bool(self.statistics())
+
+    def quantize_linear(self, weight: torch.Tensor, inputs: InputStatistics | None, grid: Grid) -> QuantizedWeight:
+        """Quantize weight [out, in], float32. `inputs` is None when `statistics()` is empty."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Methods in the order of their stages. The empty recipe is the full-precision baseline."""
+
+    methods: tuple[Method, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "+".join(method.name for method in self.methods) or "baseline"
+
+    @property
+    def solver(self) -> WeightSolver | None:
+        """The base weight solver, if the recipe has one."""
+        return next((method for method in self.methods if isinstance(method, WeightSolver)), None)
+
+    @property
+    def claims(self) -> frozenset[str]:
+        return frozenset().union(*(method.claims for method in self.methods))
+
+    @property
+    def needs_text(self) -> bool:
+        return any(method.needs_text for method in self.methods)
+
+    @property
+    def needs_seed(self) -> bool:
+        return self.needs_text or any(method.needs_seed for method in self.methods)
+
+    def specs(self) -> list[dict[str, Any]]:
+        """Plain data from which `from_specs` rebuilds the recipe in another process."""
+        return [{"name": m.name, "version": m.version, "options": m.options()} for m in self.methods]
+
+    @staticmethod
+    def from_specs(specs: Iterable[Mapping[str, Any]]) -> Recipe:
+        return Recipe(tuple(build_method(spec["name"], spec["options"]) for spec in specs))
+
+
+def method_names() -> list[str]:
+    """Names of all methods: files of `methods/` and entry points. Imports nothing."""
+    import qfarm.methods
+
+    own = [info.name for info in pkgutil.iter_modules(qfarm.methods.__path__)]
+    foreign = [point.name for point in importlib.metadata.entry_points(group="qfarm.methods")]
+    return sorted({*own, *foreign})
+
+
+def lookup(name: str) -> type[Method]:
+    """The method class of that name. Raises InvalidInput with the nearest valid name."""
+    if name not in method_names():
+        raise InvalidInput(f'unknown method "{name}"{nearest(name, method_names())}')
+    points = {point.name: point for point in importlib.metadata.entry_points(group="qfarm.methods")}
+    module: ModuleType = points[name].load() if name in points else importlib.import_module(f"qfarm.methods.{name}")
+    found: type[Method] = module.METHOD
+    return found
+
+
+def build_method(name: str, options: Mapping[str, Any]) -> Method:
+    """A method with checked options. Raises InvalidInput."""
+    kind = lookup(name)
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(dict(options))
+    except pydantic.ValidationError as error:
+        raise InvalidInput(f"{name}: {describe(error, [f.name for f in dataclasses.fields(kind)])}") from None  # type: ignore[arg-type]
+
+
+def describe(error: pydantic.ValidationError, known: Iterable[str]) -> str:
+    """One line for the first fault in a pydantic error."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f'unknown option "{where}"{nearest(where, known)}'
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{where}: {message}, got {first['input']!r}"
+
+
+def parse_recipe(entry: object) -> Recipe:
+    """Read one entry of a job's `methods`: a name, a chain, or {name or chain: options}. Raises InvalidInput."""
+    if isinstance(entry, str):
+        chain, options = entry, {}
+    elif isinstance(entry, Mapping) and len(entry) == 1:
+        chain, options = next(iter(entry.items()))
+        options = options or {}
+    else:
+        raise InvalidInput(f"expected a method name or {{name: options}}, got {entry!r}")
+    if not isinstance(options, Mapping):
+        raise InvalidInput(f"{chain}: options are a mapping, got {options!r}")
+    names = [part.strip() for part in str(chain).split("+")]
+    if len(names) > 1:
+        stray = sorted(set(map(str, options)) - set(names))
+        if stray:
+            raise InvalidInput(f'{chain}: options of a chain stand under its methods\' names, got "{stray[0]}"')
+    methods = [build_method(n, options.get(n) or {} if len(names) > 1 else options) for n in names]
+    if len(set(names)) < len(names):
+        raise InvalidInput(f"{chain}: a method stands twice")
+    solvers = [m.name for m in methods if isinstance(m, WeightSolver)]
+    if len(solvers) > 1:
+        raise InvalidInput(f"{chain}: {' and '.join(solvers)} both quantize weights; a recipe has one weight solver")
+    return Recipe(tuple(sorted(methods, key=lambda method: method.stage)))
+
+
+def with_location(where: str, error: InvalidInput) -> JobError:
+    return JobError(f"{where}: {error}")

@@ -1,0 +1,178 @@
+"""Records: the rows of the store's five tables, with units, as dataclasses and as Arrow schemas.
+
+The dataclasses are the schema: a field's annotation gives the Arrow type, its metadata the unit. `FORMAT` is the
+version of the whole layout; readers refuse stores of a newer one and fill columns that an older one lacks with nulls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+
+FORMAT = 1
+
+
+def _unit(text: str, default: Any = dataclasses.MISSING) -> Any:
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata={"unit": text})
+    return dataclasses.field(default=default, metadata={"unit": text})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CellRow:
+    """A quantized cell: its axes, what it holds, how much of the model it covers."""
+
+    cell_id: str
+    attempt_id: str
+    job: str
+    model: str
+    fingerprint: str
+    recipe: str
+    scheme: str
+    group_size: int
+    seed: int | None
+    symmetric: bool
+    scale_dtype: str
+    dtype: str
+    statistics: str | None
+    spec: str = _unit("JSON of the whole cell")
+    linear_bits: float = _unit("stored bits per weight of the quantized layers, metadata included")
+    model_bits: float = _unit("stored bits per parameter of the whole model")
+    linear_bytes: int = _unit("bytes of the quantized layers, packed")
+    model_bytes: int = _unit("bytes of the whole model, quantized layers packed, the rest in the model's dtype")
+    layers_quantized: int
+    layers_skipped: int
+    created: str = _unit("UTC, ISO 8601")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttemptRow:
+    """One try of a cell on a worker, successful or not."""
+
+    attempt_id: str
+    cell_id: str
+    job: str
+    number: int = _unit("1 is the first try of this submission")
+    outcome: str = _unit("ok, or the kind of failure")
+    stage: str = _unit("the last stage reached")
+    error: str | None = _unit("one line", None)
+    traceback: str | None = None
+    worker: str
+    node: str
+    started: str = _unit("UTC, ISO 8601")
+    wall_s: float
+    stages: str = _unit("JSON: seconds per stage")
+    peak_host_bytes: int | None = None
+    peak_gpu_bytes: int | None = None
+    notes: str = _unit("JSON: what the attempt did differently, e.g. a halved batch", "[]")
+    provenance: str = _unit("JSON: versions, commit, hardware, threads, command")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number of an evaluation."""
+
+    metric: str
+    value: float
+    unit: str
+    better: str = _unit("lower, higher, or none")
+    n: int = _unit("units used: windows or items")
+    clusters: int | None = _unit("independent clusters behind the standard error", None)
+    standard_error: float | None = _unit("None where it cannot be known, e.g. below 10 clusters", None)
+    low: float | None = _unit("lower end of the 95 % interval", None)
+    high: float | None = _unit("upper end of the 95 % interval", None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetricRow(Metric):
+    cell_id: str
+    eval_id: str
+    attempt_id: str
+    evaluation: str = _unit("the evaluation's label")
+    protocol: str = _unit("JSON: everything rows must agree on to be compared")
+    created: str = _unit("UTC, ISO 8601")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Document:
+    """One entry of the ledger: a window's piece of one document, or a task's item."""
+
+    document: str = _unit("hash of the token ids, not a position")
+    cluster: str = _unit("hash of what is not independent: article, passage, twin pair")
+    window: int | None = _unit("index of the window in the protocol's order", None)
+    tokens: int = _unit("predicted tokens")
+    loss: float | None = _unit("nats, summed over tokens", None)
+    correct: int | None = _unit("tokens or items right", None)
+    answer: str | None = None
+    agree: int | None = _unit("tokens whose top-1 equals the baseline's", None)
+    lost: int | None = _unit("right in the baseline, wrong here", None)
+    gained: int | None = _unit("wrong in the baseline, right here", None)
+    kl: float | None = _unit("nats, KL(baseline || cell) summed over tokens", None)
+    kl_reverse: float | None = _unit("nats, KL(cell || baseline) summed over tokens", None)
+    baseline_loss: float | None = _unit("nats, summed, the baseline's on the same tokens", None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DocumentRow(Document):
+    cell_id: str
+    eval_id: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """One linear layer of a cell: quantized, or left alone with the reason."""
+
+    cell_id: str
+    layer: int
+    role: str
+    module: str
+    rows: int
+    columns: int
+    solver: str | None = _unit("the solver that made the layer; None if it was left alone")
+    reason: str | None = _unit("why it was left alone", None)
+    bits: int | None = None
+    group_size: int | None = None
+    stored_bytes: int
+    weight_error: float | None = _unit("||W - Q||^2 / ||W||^2", None)
+    output_error: float | None = _unit("||(W - Q)X||^2 / ||WX||^2 on calibration inputs", None)
+    notes: str = _unit("JSON: figures of the solver", "{}")
+
+
+TABLES: dict[str, type] = {
+    "cells": CellRow,
+    "attempts": AttemptRow,
+    "metrics": MetricRow,
+    "documents": DocumentRow,
+    "layers": LayerRow,
+}
+
+_ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+
+
+def schema(table: str) -> pa.Schema:
+    """The Arrow schema of a table; units stand in the fields' metadata."""
+    row = TABLES[table]
+    hints = typing.get_type_hints(row)
+    fields = []
+    for field in dataclasses.fields(row):
+        hint = hints[field.name]
+        optional = isinstance(hint, types.UnionType)
+        base = next(t for t in typing.get_args(hint) if t is not types.NoneType) if optional else hint
+        metadata = {"unit": field.metadata["unit"]} if "unit" in field.metadata else None
+        fields.append(pa.field(field.name, _ARROW[base], nullable=optional, metadata=metadata))
+    return pa.schema(fields, metadata={"qfarm_format": str(FORMAT), "qfarm_table": table})
+
+
+def to_table(table: str, rows: Iterable[Any]) -> pa.Table:
+    """Rows of one table as Arrow."""
+    target = schema(table)
+    columns: dict[str, list[Any]] = {name: [] for name in target.names}
+    for row in rows:
+        for name, values in columns.items():
+            values.append(getattr(row, name))
+    return pa.table(columns, schema=target)
