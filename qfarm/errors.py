@@ -1,14 +1,14 @@
 """Exceptions and failure kinds.
 
-    QfarmError
-    |-- InvalidInput      what the user gave cannot work; exit code 2, never retried
-    |   |-- JobError      a job file
-    |   |-- ModelError    a model reference or an unsupported architecture
-    |   |-- DataError     a text or data set
-    |   `-- StoreError    a results store
-    |-- Unavailable       a hub, an index or a file server does not answer; retried
-    |-- NonFinite         NaN or Inf where a number was needed; given up
-    `-- StoreFull         no space (or no permission) left where results go; not the cell's fault
+QfarmError
+|-- InvalidInput      what the user gave cannot work; exit code 2, never retried
+|   |-- JobError      a job file
+|   |-- ModelError    a model reference or an unsupported architecture
+|   |-- DataError     a text or data set
+|   `-- StoreError    a results store
+|-- Unavailable       a hub, an index or a file server does not answer; retried
+|-- NonFinite         NaN or Inf where a number was needed; given up
+`-- StoreFull         no space (or no permission) left where results go; not the cell's fault
 """
 
 from __future__ import annotations
@@ -78,7 +78,11 @@ def classify(error: BaseException) -> Failure:
         return Failure.INVALID
     if isinstance(error, NonFinite):
         return Failure.NONFINITE
-    if isinstance(error, MemoryError) or name in ("OutOfMemoryError", "AcceleratorError") and "out of memory" in str(error):
+    if (
+        isinstance(error, MemoryError)
+        or name in ("OutOfMemoryError", "AcceleratorError")
+        and "out of memory" in str(error)
+    ):
         return Failure.OOM
     # torch's CPU allocator raises a plain RuntimeError; its text is the only mark.
     if isinstance(error, RuntimeError) and "not enough memory" in str(error):

@@ -80,7 +80,6 @@ class JobFile(pydantic.BaseModel):
     resources: Resources = Resources()
     retries: int = pydantic.Field(2, ge=0, le=20)
     store: str = "results"
-    trust_remote_code: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,7 +200,7 @@ def _first_fault(error: pydantic.ValidationError, where: _Locator) -> str:
                 owner = {"calibration": Calibration, "resources": Resources, "include": Include, "exclude": Match}[part]
         return f'{where(*path)}: unknown key "{key}"{nearest(key, owner.model_fields)}'
     if first["type"] == "missing":
-        return f"{where(*path[:-1])}: the key \"{first['loc'][-1]}\" is missing"
+        return f'{where(*path[:-1])}: the key "{first["loc"][-1]}" is missing'
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"{where(*path)}: {message}, got {first['input']!r}"
 
@@ -243,7 +242,9 @@ class _Locator:
             seen: set[str] = set()
             for key, value in node.value:
                 if key.value in seen:
-                    raise JobError(f"{self(*keys, key.value)}: the key stands twice (again in line {key.start_mark.line + 1})")
+                    raise JobError(
+                        f"{self(*keys, key.value)}: the key stands twice (again in line {key.start_mark.line + 1})"
+                    )
                 seen.add(key.value)
                 self.refuse_duplicate_keys(value, (*keys, key.value))
         elif isinstance(node, yaml.SequenceNode):

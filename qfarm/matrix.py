@@ -161,7 +161,13 @@ def _baseline_recipe() -> Recipe:
 
 
 def _cell(
-    job: Job, facts: ModelFacts, recipe: Recipe, scheme: Scheme, group_size: int, seed: int, text_hash: Callable[[str], str]
+    job: Job,
+    facts: ModelFacts,
+    recipe: Recipe,
+    scheme: Scheme,
+    group_size: int,
+    seed: int,
+    text_hash: Callable[[str], str],
 ) -> Cell:
     from qfarm.recipe import Recipe
 

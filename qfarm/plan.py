@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
-from qfarm.errors import Failure
-from qfarm.matrix import Cell
+from qfarm.errors import Failure, Unavailable
+from qfarm.estimate import Estimate, estimate, history, machine_rate
+from qfarm.evaluate import Evaluator, eval_id
+from qfarm.job import Job
+from qfarm.matrix import Cell, Invalid, expand
+from qfarm.models.reference import PROVISIONAL, ModelFacts, resolve
+from qfarm.store import Store
+from qfarm.text import Part, text_hash
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +39,6 @@ class Task:
     attempt_id: str
     number: int  # 1 is the first try of this submission
     data: str | None  # folder of the data pack
-    trust_remote_code: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,3 +52,90 @@ class Outcome:
     seconds: float
     figures: tuple[tuple[str, float], ...] = ()  # headline value of each evaluation, by label
     linear_bits: float = 16.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannedCell:
+    cell: Cell
+    missing: tuple[EvaluationSpec, ...]  # evaluations still to run
+    finished: tuple[EvaluationSpec, ...]  # evaluations that the store has
+    estimate: Estimate
+
+    @property
+    def done(self) -> bool:
+        return not self.missing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    job: Job
+    cells: tuple[PlannedCell, ...]
+    invalid: tuple[Invalid, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def provisional(self) -> bool:
+        """True when a model or a text could not be reached: ids are not final and nothing can be run from here."""
+        return any(PROVISIONAL in str(planned.cell) or _unreached(planned) for planned in self.cells)
+
+
+def _unreached(planned: PlannedCell) -> bool:
+    return any(PROVISIONAL in str(spec.protocol) for spec in (*planned.missing, *planned.finished))
+
+
+def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisional: bool = False) -> Plan:
+    """Expand a job and compare it with what the store holds (None: nothing yet).
+
+    With `allow_provisional`, models and texts that cannot be reached now get provisional identities and a note;
+    otherwise they raise Unavailable.
+    """
+    notes: dict[str, None] = {}
+
+    @functools.cache
+    def facts(reference: str) -> ModelFacts:
+        found = resolve(reference, allow_provisional=allow_provisional)
+        if found.provisional:
+            notes[f"{reference} cannot be reached from here: shapes from the table of known models, ids not final"] = (
+                None
+            )
+        return found
+
+    @functools.cache
+    def hash_of(name: str, part: Part) -> str:
+        try:
+            return text_hash(name, part, data)
+        except Unavailable as error:
+            if not allow_provisional:
+                raise
+            notes[str(error)] = None
+            return f"{PROVISIONAL}{name}/{part}"
+
+    matrix = expand(job, facts, lambda name: hash_of(name, "calibration"))
+    finished = store.finished_evaluations() if store else frozenset()
+    quantized = store.finished_cells() if store else frozenset()
+    past, rate = history(store), machine_rate(job.file.resources.gpus)
+    planned = []
+    for cell in matrix.cells:
+        specs = [_spec(evaluator, cell, hash_of) for evaluator in job.evaluations]
+        done = [cell.cell_id in quantized and (cell.cell_id, spec.eval_id) in finished for spec in specs]
+        missing = [evaluator for evaluator, known in zip(job.evaluations, done, strict=True) if not known]
+        planned.append(
+            PlannedCell(
+                cell=cell,
+                missing=tuple(spec for spec, known in zip(specs, done, strict=True) if not known),
+                finished=tuple(spec for spec, known in zip(specs, done, strict=True) if known),
+                estimate=estimate(job, cell, facts(cell.model), missing, past, rate),
+            )
+        )
+    return Plan(job=job, cells=tuple(planned), invalid=matrix.invalid, notes=(*matrix.notes, *notes))
+
+
+def _spec(evaluator: Evaluator, cell: Cell, hash_of: Any) -> EvaluationSpec:
+    protocol = evaluator.protocol(cell.tokenizer, cell.dtype, hash_of)
+    return EvaluationSpec(
+        eval_id=eval_id(protocol),
+        name=evaluator.name,
+        label=evaluator.label,
+        options=protocol["options"],
+        protocol=protocol,
+    )

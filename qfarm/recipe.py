@@ -166,7 +166,7 @@ def build_method(name: str, options: Mapping[str, Any]) -> Method:
     """A method with checked options. Raises InvalidInput."""
     kind = lookup(name)
     try:
-        return pydantic.TypeAdapter(kind).validate_python(dict(options))
+        return kind(**options)
     except pydantic.ValidationError as error:
         raise InvalidInput(f"{name}: {describe(error, [f.name for f in dataclasses.fields(kind)])}") from None  # type: ignore[arg-type]
 
@@ -183,6 +183,8 @@ def describe(error: pydantic.ValidationError, known: Iterable[str]) -> str:
 
 def parse_recipe(entry: object) -> Recipe:
     """Read one entry of a job's `methods`: a name, a chain, or {name or chain: options}. Raises InvalidInput."""
+    chain: object
+    options: Any
     if isinstance(entry, str):
         chain, options = entry, {}
     elif isinstance(entry, Mapping) and len(entry) == 1:

@@ -49,6 +49,11 @@ class Evaluator:
         """(text, part) pairs whose hashes belong to the protocol."""
         return ()
 
+    @property
+    def needs_baseline(self) -> bool:
+        """True if cells are compared with what the baseline's evaluation leaves in the cache."""
+        return False
+
     def tokens(self) -> int:
         """About how many tokens one run feeds to the model; for estimates only."""
         raise NotImplementedError
@@ -85,7 +90,7 @@ def build_evaluator(name: str, options: Mapping[str, Any]) -> Evaluator:
         raise InvalidInput(f'unknown evaluation "{name}"{nearest(name, evaluator_names())}')
     kind: type[Evaluator] = importlib.import_module(f"qfarm.evaluate.{name}").EVALUATOR
     try:
-        return pydantic.TypeAdapter(kind).validate_python(dict(options))
+        return kind(**options)
     except pydantic.ValidationError as error:
         raise InvalidInput(f"{name}: {describe(error, [f.name for f in dataclasses.fields(kind)])}") from None  # type: ignore[arg-type]
 

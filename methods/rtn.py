@@ -1,0 +1,39 @@
+"""RTN, round to nearest: every weight goes to the nearest point of the min/max grid of its row or group.
+
+No calibration, no optimisation. The baseline that every other method is compared with, and what quantizes a site
+that the scheme names and no method of the recipe claims.
+
+    scale = (high - low) / (2^b - 1)    zero = round(-low / scale)    code = clamp(round(w / scale) + zero, 0, 2^b - 1)
+
+Stored: codes, scales, zero points (asymmetric); nothing else. The mathematics is qfarm.quantizer.
+
+Differences from the 'nearest' branch of IST-DASLab/gptq: symmetric grids are restricted to +-(2^(b-1) - 1), so both
+ends are exact (`convention` gives the reference's), and the scale is rounded to its storage dtype before the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from qfarm.calibrate import InputStatistics
+from qfarm.quantizer import Convention, Grid, UniformWeight
+from qfarm.recipe import STRICT, WeightSolver
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RTN(WeightSolver):
+    source = "the 'nearest' branch of github.com/IST-DASLab/gptq"
+    claims = frozenset()  # it rounds whichever site the scheme quantizes
+
+    search: bool = Field(False, description="search a clipped range per group, error norm 2.4 (GPTQ's mse option)")
+    convention: Convention = Field("restricted", description="symmetric grid: restricted, full_range_offset, deepspeed")
+
+    def quantize_linear(self, weight: Tensor, inputs: InputStatistics | None, grid: Grid) -> UniformWeight:
+        return dataclasses.replace(grid, search=self.search, convention=self.convention).quantize(weight)
+
+
+METHOD = RTN

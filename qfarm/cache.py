@@ -1,0 +1,110 @@
+"""Cache: files that can be made again (converted models, baselines' hidden states), shared by processes of a machine.
+
+Lives in `QFARM_CACHE`, else `~/.cache/qfarm`. Entries are content-addressed and published by rename, so that a crash
+while writing leaves nothing behind that a reader would take for an entry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import filelock
+
+HASH_BLOCK = 1 << 20
+DEFAULT_LIMIT = 64 << 30  # bytes of hidden states kept; QFARM_CACHE_LIMIT overrides
+
+
+def root() -> Path:
+    given = os.environ.get("QFARM_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "qfarm"
+
+
+def entry(kind: str, key: str, make: Callable[[Path], None]) -> Path:
+    """The folder `kind/key`, made by `make(empty folder)` if it is not there; one process makes it, others wait."""
+    final = root() / kind / key
+    if final.exists():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{final}.lock"):
+        if not final.exists():
+            with _aside(final) as part:
+                part.mkdir()
+                make(part)
+                part.rename(final)
+    return final
+
+
+def publish_file(kind: str, name: str, write: Callable[[Path], None]) -> Path:
+    """Write `kind/name` aside and rename it into place, replacing what was there; then keep the kind below its limit."""
+    final = root() / kind / name
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with _aside(final) as part:
+        write(part)
+        part.replace(final)
+    _trim(final.parent, int(os.environ.get("QFARM_CACHE_LIMIT", DEFAULT_LIMIT)), keep=final)
+    return final
+
+
+def find_file(kind: str, name: str) -> Path | None:
+    """The cached file, marked as used just now; None if it is not there."""
+    path = root() / kind / name
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return None
+    return path
+
+
+@contextlib.contextmanager
+def _aside(final: Path) -> Iterator[Path]:
+    part = final.with_name(f".{final.name}.{uuid.uuid4().hex}.part")
+    try:
+        yield part
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def _trim(folder: Path, limit: int, keep: Path) -> None:
+    """Remove the files used longest ago until the folder is below its limit."""
+    files = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process may trim at the same time
+            if path.is_file() and path != keep and not path.name.endswith((".part", ".lock")):
+                files.append((path.stat().st_mtime, path.stat().st_size, path))
+    total = keep.stat().st_size + sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= limit:
+            return
+        path.unlink(missing_ok=True)
+        total -= size
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, remembered by path, size, inode and time of change."""
+    stat = path.stat()
+    mark = f"{path.resolve()}:{stat.st_size}:{stat.st_ino}:{stat.st_mtime_ns}"
+    name = hashlib.sha256(mark.encode()).hexdigest()
+    known = root() / "hashes" / name
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        return str(json.loads(known.read_text())["sha256"])
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(HASH_BLOCK):
+            digest.update(block)
+    value = digest.hexdigest()
+    publish_file("hashes", name, lambda part: _write_json(part, {"sha256": value, "path": str(path)}))
+    return value
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value))

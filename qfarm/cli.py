@@ -1,0 +1,305 @@
+"""The command line: `qfarm plan`, `submit`, `report`, `show`, `store check`.
+
+It only says where and how to run; every experiment option stands in the job file. Exit codes: 0 all well, 1 some
+cells failed for good, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import qfarm
+from qfarm import cache
+from qfarm.errors import InvalidInput, QfarmError, StoreError
+
+if TYPE_CHECKING:
+    from qfarm.job import Job
+    from qfarm.plan import Plan
+    from qfarm.store import Store
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+DATA = click.option("--data", metavar="DIR", help="Folder of a data pack (index pack.yaml); default: QFARM_DATA.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Every expected error ends as one line on stderr and exit code 2."""
+    from qfarm.console import print_error
+
+    try:
+        code = group.main(args=arguments, prog_name="qfarm", standalone_mode=False)
+    except click.exceptions.Exit as done:
+        code = done.exit_code
+    except click.ClickException as error:
+        print_error(error.format_message())
+        code = BAD_INPUT
+    except (click.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    except QfarmError as error:
+        print_error(" ".join(str(error).split()))
+        code = BAD_INPUT
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code or 0)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(qfarm.__version__, prog_name="qfarm")
+def group() -> None:
+    """Compare LLM quantization methods: a matrix of models, methods and bit widths, every cell measured the same way.
+
+    \b
+    Try it (two CPU cores, four minutes):
+      qfarm submit jobs/quickstart.yaml
+    """
+
+
+@group.command()
+@click.argument("job", type=click.Path())
+@DATA
+def plan(job: str, data: str | None) -> None:
+    """Show what JOB would run: cells, what is done already, time and memory, and combinations that cannot be.
+
+    \b
+    Example:
+      qfarm plan jobs/llama_matrix.yaml
+    """
+    from qfarm.report.plan import render_plan
+
+    checked = _load(job)
+    location = _store_location(checked)
+    store = _open(location) if _is_store(location) else None
+    _cpu_only_if_asked(checked)
+    click.echo(render_plan(_plan(checked, store, data, provisional=True), _width(), _color()), nl=False)
+
+
+@group.command()
+@click.argument("job", type=click.Path())
+@click.option(
+    "--address", metavar="ADDRESS", help="Ray cluster: host:port, or http://head:8265 to submit as a Ray job."
+)
+@click.option("--local", is_flag=True, help="Run in this process, without Ray.")
+@click.option(
+    "--only", metavar="CELL", help="Run one cell, by id (or its beginning) or by label such as 'gptq w4 g64'."
+)
+@click.option("--detach", is_flag=True, help="With an http address: return once the job is handed over.")
+@DATA
+def submit(job: str, address: str | None, local: bool, only: str | None, detach: bool, data: str | None) -> None:
+    """Run what JOB asks for and the store lacks, then print the report.
+
+    Submitting the same job again runs only what is missing.
+
+    \b
+    Where it runs: --address, else RAY_ADDRESS, else the running cluster of ./cluster.yaml, else a local Ray.
+    Examples:
+      qfarm submit jobs/quickstart.yaml
+      qfarm submit jobs/quickstart.yaml --local --only "gptq w4 g64"
+      qfarm submit jobs/llama_matrix.yaml --address http://head:8265
+    """
+    checked = _load(job)
+    if local and address:
+        raise InvalidInput("--local and --address exclude each other")
+    where = "this process, without Ray"
+    if not local:
+        from qfarm.cluster import find_address
+
+        address, where = find_address(address, os.environ)
+        if address and address.startswith(("http://", "https://")):
+            raise click.exceptions.Exit(_submit_remotely(checked, job, address, only, detach, data))
+    if detach:
+        raise InvalidInput("--detach needs an http address")
+    raise click.exceptions.Exit(_submit_here(checked, address, where, local, only, data))
+
+
+def _submit_remotely(job: Job, path: str, address: str, only: str | None, detach: bool, data: str | None) -> int:
+    from qfarm import remote
+
+    remote.require_shared_store(job.file.store)
+    arguments = ["submit", path, *(["--only", only] if only else []), *(["--data", data] if data else [])]
+    submission = f"qfarm-{job.file.name}"
+    return remote.submit(address, arguments, Path.cwd(), detach=detach, submission_id=submission)
+
+
+def _submit_here(job: Job, address: str | None, where: str, local: bool, only: str | None, data: str | None) -> int:
+    from qfarm import driver
+    from qfarm.console import Console
+    from qfarm.environment import data_folder
+    from qfarm.events import JobStarted, Note
+
+    location = _store_location(job)
+    if address:
+        from qfarm.remote import require_shared_store
+
+        require_shared_store(job.file.store)
+    if local:
+        _cpu_only_if_asked(job)
+    # Planned before the store is made: a job that cannot run leaves nothing behind.
+    known = _open(location) if _is_store(location) else None
+    planned = _plan(job, known, data, provisional=False)
+    work = _work(planned, only)
+    store = _open(location, create=True)
+    _remember(store.location)
+    settings = driver.Settings(
+        address=address, resources=job.file.resources, retries=job.file.retries, data=data_folder(data)
+    )
+    with Console() as console:
+        done = len(planned.cells) - len(work) if only is None else 0
+        console.handle(
+            JobStarted(job=job.file.name, where=where, store=store.location, cells=len(work), done_before=done)
+        )
+        for invalid in planned.invalid:
+            console.handle(Note(text=f"not run: {invalid.label}: {invalid.rule}"))
+        for note in planned.notes:
+            console.handle(Note(text=note))
+        run = driver.run_local if local else driver.run
+        summary = run(work, settings, console.handle, job_name=job.file.name, store_location=store.location)
+    if summary.interrupted:
+        return INTERRUPTED
+    click.echo()
+    _print_report(store, "terminal", {})
+    return FAILED if summary.failed or summary.stopped else 0
+
+
+def _work(plan: Plan, only: str | None) -> list[Any]:
+    from qfarm.driver import CellWork
+    from qfarm.evaluate import build_evaluator
+    from qfarm.matrix import find_cell
+
+    chosen = find_cell(tuple(p.cell for p in plan.cells), only).cell_id if only else None
+    open_cells = [p for p in plan.cells if not p.done and chosen in (None, p.cell.cell_id)]
+    baselines = {p.cell.model for p in open_cells if p.cell.is_baseline}
+    work = []
+    for planned in open_cells:
+        compares = any(build_evaluator(spec.name, spec.options).needs_baseline for spec in planned.missing)
+        work.append(
+            CellWork(
+                cell=planned.cell,
+                evaluations=planned.missing,
+                needs_baseline=compares and not planned.cell.is_baseline and planned.cell.model in baselines,
+                estimate_s=planned.estimate.seconds,
+            )
+        )
+    return work
+
+
+@group.command()
+@click.argument("store", required=False)
+@click.option("--format", "style", type=click.Choice(["terminal", "markdown", "csv", "json"]), default="terminal")
+@click.option("--model", metavar="NAME", help="Only this model; * and ? match.")
+@click.option("--method", metavar="NAME", help="Only this recipe, e.g. 'gptq' or 'smoothquant+*'.")
+@click.option("--bits", metavar="SCHEME", help="Only this scheme, e.g. 'w4'.")
+def report(store: str | None, style: str, model: str | None, method: str | None, bits: str | None) -> None:
+    """Print the results in STORE (default: the last one submitted to).
+
+    \b
+    Examples:
+      qfarm report
+      qfarm report results/quickstart --format markdown
+    """
+    _print_report(_open(store or _last_store()), style, {"model": model, "recipe": method, "scheme": bits})
+
+
+@group.command()
+@click.argument("cell")
+@click.option("--store", metavar="STORE", help="Default: the last one submitted to.")
+def show(cell: str, store: str | None) -> None:
+    """Show one CELL whole: options, sizes, layers, metrics, attempts with tracebacks, provenance.
+
+    \b
+    Example:
+      qfarm show 5353cf
+    """
+    from qfarm.report.show import show as show_cell
+
+    click.echo(show_cell(_open(store or _last_store()), cell, width=_width(), color=_color()), nl=False)
+
+
+@group.group("store")
+def store_group() -> None:
+    """Look after a results store."""
+
+
+@store_group.command("check")
+@click.argument("store", required=False)
+def store_check(store: str | None) -> None:
+    """Verify every file of STORE against its manifests; exit code 1 when something is wrong."""
+    faults = _open(store or _last_store()).check()
+    for fault in faults:
+        click.echo(fault)
+    click.echo("the store is sound" if not faults else f"{len(faults)} faults")
+    raise click.exceptions.Exit(FAILED if faults else 0)
+
+
+# -- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _load(path: str) -> Job:
+    from qfarm.job import load_job
+
+    return load_job(path)
+
+
+def _plan(job: Job, store: Store | None, data: str | None, *, provisional: bool) -> Plan:
+    from qfarm.environment import data_folder
+    from qfarm.plan import make_plan
+
+    return make_plan(job, store, data_folder(data), allow_provisional=provisional)
+
+
+def _store_location(job: Job) -> str:
+    given = job.file.store
+    return given if "://" in given else str(Path(given).expanduser().resolve())
+
+
+def _is_store(location: str) -> bool:
+    from qfarm.store import FORMAT_FILE
+
+    return "://" in location or (Path(location) / FORMAT_FILE).exists()
+
+
+def _open(location: str, *, create: bool = False) -> Store:
+    from qfarm.store import Store
+
+    return Store.open(location, create=create)
+
+
+def _remember(location: str) -> None:
+    def write(part: Path) -> None:
+        part.write_text(location)
+
+    cache.publish_file("state", "last-store", write)
+
+
+def _last_store() -> str:
+    path = cache.find_file("state", "last-store")
+    if path is None:
+        raise StoreError("no store named and none remembered: give its folder, e.g. qfarm report results/quickstart")
+    return path.read_text()
+
+
+def _print_report(store: Store, style: Any, filters: dict[str, str | None]) -> None:
+    from qfarm.report import load, render
+
+    text = render(load(store), style, width=_width(), color=_color(), **filters)
+    click.echo(text, nl=False)
+
+
+def _cpu_only_if_asked(job: Job) -> None:
+    # Before torch is imported: a job without GPUs must not take one because it happens to run in this process.
+    if job.file.resources.gpus == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _width() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def _color() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -1,0 +1,95 @@
+"""Environment: what a result was made with. Versions, commit, hardware, threads; never secrets."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import qfarm
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "ray",
+    "datasets",
+    "lm-eval",
+    "tokenizers",
+    "triton",
+    "numpy",
+    "pyarrow",
+    "bitsandbytes",
+)
+
+
+@functools.cache
+def provenance() -> dict[str, Any]:
+    """Provenance of this process as plain data. Imports torch."""
+    import torch
+
+    found: dict[str, Any] = {
+        "qfarm": qfarm.__version__,
+        "commit": git_commit(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "command": " ".join(sys.argv),
+    }
+    if torch.cuda.is_available():
+        found |= {
+            "gpu": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda,
+            "driver": _nvidia_driver(),
+        }
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this code runs from, with '-dirty' appended; None outside a checkout."""
+    folder = Path(qfarm.__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return None
+    described = _output(["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
+    return described or None
+
+
+def _nvidia_driver() -> str | None:
+    return _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).split("\n")[0] or None
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def data_folder(given: str | None) -> str | None:
+    """The data pack's folder: the command line's, else QFARM_DATA; absolute."""
+    folder = given or os.environ.get("QFARM_DATA")
+    return str(Path(folder).expanduser().resolve()) if folder else None

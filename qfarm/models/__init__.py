@@ -1,0 +1,1 @@
+"""Models: finding them, describing their architecture, loading them."""

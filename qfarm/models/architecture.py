@@ -1,0 +1,100 @@
+"""Architecture: which module of a decoder plays which role, one description per family.
+
+A family is chosen by `config.model_type`, never by a path. Everything else in qfarm speaks of roles only:
+q, k, v, o and, in the MLP, gate, up, down (OPT's fc1 is up, its fc2 down).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qfarm.errors import ModelError
+
+Config = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    blocks: str  # path of the list of decoder blocks, from the causal-LM module
+    roles: Mapping[str, str]  # role -> path of the linear layer, from a block
+    shared_inputs: tuple[tuple[str, ...], ...]  # roles that read the same tensor, in the order of computation
+    mlp_size: str  # the configuration's key for the width of the MLP
+    rope: bool
+
+
+_LLAMA = Architecture(
+    blocks="model.layers",
+    roles={
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.o_proj",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    },
+    shared_inputs=(("q", "k", "v"), ("o",), ("gate", "up"), ("down",)),
+    mlp_size="intermediate_size",
+    rope=True,
+)
+
+_OPT = Architecture(
+    blocks="model.decoder.layers",
+    roles={
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.out_proj",
+        "up": "fc1",
+        "down": "fc2",
+    },
+    shared_inputs=(("q", "k", "v"), ("o",), ("up",), ("down",)),
+    mlp_size="ffn_dim",
+    rope=False,
+)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "opt": _OPT,
+}
+
+
+def architecture_of(config: Config, reference: str) -> Architecture:
+    """The description for a model's configuration. Raises ModelError for families that qfarm does not know."""
+    model_type = config.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise ModelError(f'{reference}: unsupported model type "{model_type}"; supported: {", ".join(ARCHITECTURES)}')
+    return ARCHITECTURES[model_type]
+
+
+def linear_shapes(config: Config, reference: str) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of each role's layer in one decoder block."""
+    architecture = architecture_of(config, reference)
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    kv = config.get("num_key_value_heads") or heads
+    mlp = config[architecture.mlp_size]
+    shape: dict[str, Callable[[], tuple[int, int]]] = {
+        "q": lambda: (heads * head, hidden),
+        "k": lambda: (kv * head, hidden),
+        "v": lambda: (kv * head, hidden),
+        "o": lambda: (hidden, heads * head),
+        "gate": lambda: (mlp, hidden),
+        "up": lambda: (mlp, hidden),
+        "down": lambda: (hidden, mlp),
+    }
+    return {role: shape[role]() for role in architecture.roles}
+
+
+def parameter_counts(config: Config, reference: str) -> tuple[int, int]:
+    """(parameters of all decoder linears, parameters of embeddings and head); norms and biases are left out."""
+    per_block = sum(rows * columns for rows, columns in linear_shapes(config, reference).values())
+    # OPT-350m embeds into a narrower space than its hidden size.
+    width = config.get("word_embed_proj_dim") or config["hidden_size"]
+    tables = 1 if config.get("tie_word_embeddings", config.get("model_type") == "opt") else 2
+    return per_block * config["num_hidden_layers"], tables * config["vocab_size"] * width

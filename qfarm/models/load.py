@@ -1,0 +1,111 @@
+"""Load a model and give access to it by roles. All use of transformers' module layout stays in qfarm.models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qfarm.errors import ModelError, NonFinite
+from qfarm.models.architecture import Architecture, architecture_of
+from qfarm.models.reference import ModelFacts, unreachable
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class LoadedModel:
+    """A causal language model in evaluation mode, whose weights can be replaced and put back."""
+
+    def __init__(self, model: Any, tokenizer: Any, architecture: Architecture) -> None:
+        self.model, self.tokenizer, self.architecture = model, tokenizer, architecture
+        self.blocks: list[nn.Module] = list(model.get_submodule(architecture.blocks))
+        self._originals: list[tuple[nn.Linear, nn.Parameter]] = []
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]
+
+    def linears(self, block: int) -> dict[str, nn.Linear]:
+        """The block's linear layers by role. Raises ModelError when one is not a plain nn.Linear."""
+        found = {}
+        for role, path in self.architecture.roles.items():
+            module = self.blocks[block].get_submodule(path)
+            if not isinstance(module, nn.Linear):
+                raise ModelError(f"{self.module_name(block, role)} is a {type(module).__name__}, not a linear layer")
+            found[role] = module
+        return found
+
+    def module_name(self, block: int, role: str) -> str:
+        return f"{self.architecture.blocks}.{block}.{self.architecture.roles[role]}"
+
+    def body(self, ids: Tensor) -> Tensor:
+        """Final hidden states [batch, length, hidden] of token ids [batch, length]; the head is not applied."""
+        return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.model.get_output_embeddings()  # type: ignore[no-any-return]
+
+    def replace_weight(self, linear: nn.Linear, values: Tensor) -> None:
+        """Give a layer new weights in the model's dtype; the original parameter is kept for `restore`."""
+        original = linear.weight
+        assert isinstance(original, nn.Parameter)
+        self._originals.append((linear, original))
+        linear.weight = nn.Parameter(values.to(original.dtype), requires_grad=False)
+
+    def restore(self) -> None:
+        """Put every replaced weight back."""
+        while self._originals:
+            module, original = self._originals.pop()
+            module.weight = original
+
+    def other_bytes(self) -> int:
+        """Bytes of everything but the decoder linears' weights, shared tensors counted once."""
+        skip = {id(linear.weight) for i in range(len(self.blocks)) for linear in self.linears(i).values()}
+        return sum(p.numel() * p.element_size() for p in self.model.parameters() if id(p) not in skip)
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def load(facts: ModelFacts, dtype: str, device: torch.device) -> LoadedModel:
+    """Load weights and tokenizer. Raises ModelError, Unavailable, or NonFinite for a broken checkpoint."""
+    architecture = architecture_of(facts.config, facts.reference)
+    try:
+        tokenizer = load_tokenizer(facts)
+        model = AutoModelForCausalLM.from_pretrained(
+            facts.location, revision=facts.revision, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise unreachable(facts.reference, error) from error
+    model.eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NonFinite(f"{facts.reference}: {name} holds NaN or Inf")
+    return LoadedModel(model.to(device), tokenizer, architecture)
+
+
+def load_tokenizer(facts: ModelFacts) -> Any:
+    return AutoTokenizer.from_pretrained(facts.location, revision=facts.revision, trust_remote_code=False)
+
+
+def convert_gguf(path: str, folder: str) -> None:
+    """Unpack a GGUF file into a transformers checkpoint (safetensors, float32, so that no bit is lost)."""
+    import os
+
+    from transformers import GgufConfig
+
+    where, name = os.path.split(path)
+    options = {"gguf_file": name, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **options
+    )
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)

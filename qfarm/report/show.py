@@ -1,0 +1,211 @@
+"""Show: one cell whole. What it is, what was stored, how well it does, every attempt, and where it was made."""
+
+from __future__ import annotations
+
+import collections
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from qfarm.errors import InvalidInput
+from qfarm.record import AttemptRow, CellRow, LayerRow, MetricRow
+from qfarm.report.figures import duration, interval, number, plain, plural, size
+from qfarm.report.pairs import Readable, flatten
+from qfarm.report.render import MIN_WIDTH, terminal_text
+from qfarm.report.tables import label, parsed, records
+
+WORST_LAYERS = 5
+CANDIDATES_SHOWN = 10
+MODULES_SHOWN = 3
+
+
+def show(store: Readable, prefix: str, *, width: int | None = None, color: bool = False) -> str:
+    """Everything about the one cell whose id starts with `prefix`, as text for a terminal of `width` columns.
+
+    A cell that never finished is shown by its attempts. Raises InvalidInput, one line with candidates, when the prefix
+    names no cell or several.
+    """
+    cell_id = _find(store, prefix)
+    cells = records(store, "cells", CellRow, [cell_id])
+    attempts = records(store, "attempts", AttemptRow, [cell_id])
+    attempts.sort(key=lambda attempt: (attempt.started, attempt.number))
+    columns = max(MIN_WIDTH, width or shutil.get_terminal_size().columns)
+    parts: list[RenderableType] = []
+    if cells:
+        parts += _identity(cells[0])
+        parts += _layers(records(store, "layers", LayerRow, [cell_id]))
+        parts += _metrics(records(store, "metrics", MetricRow, [cell_id]))
+    else:
+        parts += _section(f"cell {plain(cell_id)}", [Text("no attempt has stored a result")])
+    for attempt in attempts:
+        parts += _attempt(attempt, accepted=bool(cells) and cells[0].attempt_id == attempt.attempt_id)
+    if attempts:
+        source = next((one for one in attempts if cells and one.attempt_id == cells[0].attempt_id), attempts[-1])
+        made = flatten(parsed(source.provenance, {}))
+        title = f"provenance of attempt {plain(source.attempt_id)}"
+        parts += _section(title, [_pairs({plain(key): _words(value) for key, value in made.items()})])
+    return terminal_text(parts, columns, color)
+
+
+def _find(store: Readable, prefix: str) -> str:
+    named = store.read("cells", columns=["cell_id", "model", "recipe", "scheme"]).to_pylist()
+    names = {row["cell_id"]: f"{row['recipe']} {row['scheme']} of {row['model']}" for row in named}
+    tried = store.read("attempts", columns=["cell_id"]).column("cell_id").to_pylist()
+    known: list[str] = sorted({*names, *tried})
+    found = [cell_id for cell_id in known if cell_id.startswith(prefix)]
+    if len(found) == 1:
+        return found[0]
+    candidates = found or known
+    listed = [plain(f"{one} ({names.get(one, 'never finished')})") for one in candidates[:CANDIDATES_SHOWN]]
+    more = len(candidates) - len(listed)
+    listed += [f"and {more} more"] if more > 0 else []
+    problem = f"names {len(found)} cells" if found else "names no cell of this store"
+    raise InvalidInput(f'"{plain(prefix)}" {problem}; cells: {", ".join(listed) or "none"}')
+
+
+def _identity(cell: CellRow) -> list[RenderableType]:
+    spec = parsed(cell.spec, {})
+    axes = {
+        "cell": cell.cell_id,
+        "job": cell.job,
+        "model": f"{cell.model}, fingerprint {cell.fingerprint}",
+        "recipe": cell.recipe,
+        "scheme": cell.scheme,
+        "group": "per channel" if cell.group_size == -1 else str(cell.group_size),
+        "weights": f"{'symmetric' if cell.symmetric else 'asymmetric'}, scales {cell.scale_dtype}, rest {cell.dtype}",
+        "seed": "none needed" if cell.seed is None else str(cell.seed),
+        "statistics": cell.statistics or "none needed",
+        "calibration": _words(spec.get("calibration") or "none needed"),
+    }
+    for method in spec.get("methods") or ():
+        if isinstance(method, Mapping):
+            named = f"version {method.get('version')}: {_words(method.get('options') or 'no options')}"
+            axes[f"{method.get('name')}"] = named
+    sizes = {
+        "quantized layers": f"{number(cell.linear_bits, 'bits')} bits per weight, {size(cell.linear_bytes)}",
+        "whole model": f"{number(cell.model_bits, 'bits')} bits per parameter, {size(cell.model_bytes)}",
+        "stored": cell.created,
+    }
+    return _section(plain(f"{label(cell)} · {cell.model}"), [_pairs(axes | sizes)])
+
+
+def _layers(layers: Sequence[LayerRow]) -> list[RenderableType]:
+    made = [layer for layer in layers if layer.solver is not None]
+    kinds = collections.Counter(
+        f"{layer.solver}, {layer.bits} bits, {'per channel' if layer.group_size == -1 else f'group {layer.group_size}'}"
+        for layer in made
+    )
+    skipped: dict[str, list[str]] = collections.defaultdict(list)
+    for layer in layers:
+        if layer.solver is None:
+            skipped[layer.reason or "no reason given"].append(layer.module)
+    lines: list[RenderableType] = [Text(plain(f"{plural(count, 'layer')}: {kind}")) for kind, count in kinds.items()]
+    for reason, modules in skipped.items():
+        listed = ", ".join(modules[:MODULES_SHOWN]) + (", ..." if len(modules) > MODULES_SHOWN else "")
+        lines.append(Text(plain(f"{plural(len(modules), 'layer')} left alone, {reason}: {listed}")))
+    worst = sorted(made, key=_error, reverse=True)[:WORST_LAYERS]
+    if any(_error(layer) > 0 for layer in worst):
+        lines.append(Text("worst by relative output error (by weight error where no inputs were seen):"))
+        rows = [
+            (layer.module, str(layer.solver), number(layer.output_error, ""), number(layer.weight_error, ""))
+            for layer in worst
+        ]
+        lines.append(_grid(("layer", "solver", "output", "weight"), rows, numeric=(2, 3)))
+    return _section("layers", lines or [Text("none were recorded")])
+
+
+def _error(layer: LayerRow) -> float:
+    return layer.output_error if layer.output_error is not None else layer.weight_error or 0.0
+
+
+def _metrics(metrics: Sequence[MetricRow]) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    for eval_id in sorted({metric.eval_id for metric in metrics}):
+        group = [metric for metric in metrics if metric.eval_id == eval_id]
+        rows = [
+            (
+                metric.metric,
+                number(metric.value, metric.unit),
+                interval(metric.low, metric.high, metric.unit),
+                metric.unit,
+                f"{metric.n:,}",
+                "" if metric.clusters is None else f"{metric.clusters:,}",
+            )
+            for metric in group
+        ]
+        grid = _grid(("metric", "value", "95 % interval", "unit", "n", "clusters"), rows, numeric=(1, 2, 4, 5))
+        protocol = Text(_words(parsed(group[0].protocol, {})), style="dim", overflow="fold")
+        parts += _section(plain(f"{group[0].evaluation} (evaluation {eval_id})"), [grid, protocol])
+    return parts or _section("evaluations", [Text("none")])
+
+
+def _attempt(attempt: AttemptRow, accepted: bool) -> list[RenderableType]:
+    stages = parsed(attempt.stages, {})
+    times = [f"{name} {duration(value)}" for name, value in stages.items() if isinstance(value, (int, float))]
+    memory = {"host": size(attempt.peak_host_bytes), "GPU": size(attempt.peak_gpu_bytes)}
+    facts = {
+        "outcome": f"{attempt.outcome}{', its result is the one stored' if accepted else ''}",
+        "stage reached": attempt.stage,
+        "where": f"worker {attempt.worker} on {attempt.node}",
+        "when": f"{attempt.started}, {duration(attempt.wall_s)}",
+        "times": ", ".join(times),
+        "peak memory": ", ".join(f"{name} {amount}" for name, amount in memory.items() if amount),
+        "notes": "; ".join(map(str, parsed(attempt.notes, []))),
+        "error": attempt.error or "",
+    }
+    parts: list[RenderableType] = [_pairs(facts)]
+    if attempt.traceback:
+        # Line by line, since the line breaks of a traceback are its own.
+        lines = (_code_line(line) for line in attempt.traceback.splitlines())
+        parts.append(Padding(Text("\n".join(lines), overflow="fold"), (0, 0, 0, 2)))
+    return _section(f"attempt {attempt.number} ({plain(attempt.attempt_id)})", parts)
+
+
+def _code_line(line: str) -> str:
+    return " " * (len(line) - len(line.lstrip(" "))) + plain(line)
+
+
+# -- layout -----------------------------------------------------------------------------------------------------------
+
+
+def _section(title: str, parts: Iterable[RenderableType]) -> list[RenderableType]:
+    return [Text(title, style="bold", overflow="fold"), Padding(Group(*parts), (0, 0, 1, 2))]
+
+
+def _pairs(facts: Mapping[str, str]) -> RichTable:
+    """Name and value, line by line; empty values are left out."""
+    grid = RichTable.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True, overflow="ellipsis", max_width=30)
+    grid.add_column(overflow="fold")
+    for name, value in facts.items():
+        if value:
+            grid.add_row(Text(plain(name)), Text(plain(value)))
+    return grid
+
+
+def _grid(headings: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int]) -> RichTable:
+    grid = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for index, heading in enumerate(headings):
+        right = index in numeric
+        grid.add_column(heading, justify="right" if right else "left", no_wrap=right, overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(plain(value)) for value in row))
+    return grid
+
+
+def _words(value: Any) -> str:
+    """Plain data as 'act_order=true, damp=0.01'."""
+    if not isinstance(value, (Mapping, list)):
+        return plain(value)
+    return plain(", ".join(_assignments(flatten(value))))
+
+
+def _assignments(options: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in options.items():
+        yield f"{name}={value if isinstance(value, str) else json.dumps(value)}"

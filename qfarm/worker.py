@@ -1,0 +1,297 @@
+"""Worker: run one cell. A plain function, so that any cell can be rerun in one process under a debugger."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import resource
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qfarm import environment
+from qfarm.calibrate import LayerResult, quantize_weights
+from qfarm.errors import Failure, InvalidInput, StoreFull, Unavailable, classify
+from qfarm.evaluate import build_evaluator
+from qfarm.matrix import Cell
+from qfarm.models.load import DTYPES, LoadedModel, load
+from qfarm.models.reference import ModelFacts, resolve
+from qfarm.plan import EvaluationSpec, Outcome, Task
+from qfarm.quantizer import Grid
+from qfarm.recipe import Recipe, WeightSolver, build_method
+from qfarm.record import AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow
+from qfarm.scheme import UNTOUCHED, Scheme, parse_scheme
+from qfarm.store import Store
+from qfarm.text import load_text
+from qfarm.windows import Windows, calibration_windows, evaluation_windows
+
+Progress = Callable[[str, int, int], None]  # stage, done, total (0 = unknown)
+
+
+class Session:
+    """What one worker process keeps between cells: the loaded model, texts, tokenized windows."""
+
+    def __init__(self, data: str | None) -> None:
+        self.data = data
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.cell: Cell
+        self.notes: list[str] = []
+        self._key: tuple[str, str] | None = None  # fingerprint and dtype of the loaded model
+        self._loaded: LoadedModel | None = None
+        self._facts: dict[str, ModelFacts] = {}
+        self._windows: dict[tuple[Any, ...], Any] = {}
+
+    @property
+    def loaded(self) -> LoadedModel:
+        assert self._loaded is not None
+        return self._loaded
+
+    def note(self, text: str) -> None:
+        """Record something that this attempt did differently."""
+        self.notes.append(text)
+
+    def begin(self, cell: Cell) -> None:
+        """Make the cell's original model ready. Raises InvalidInput when the model is no longer what was planned."""
+        self.cell, self.notes = cell, []
+        if self._key == (cell.fingerprint, cell.dtype):
+            self.loaded.restore()
+            return
+        self._key, self._loaded, self._windows = None, None, {}
+        if cell.model not in self._facts:
+            self._facts[cell.model] = resolve(cell.model)
+        facts = self._facts[cell.model]
+        if facts.fingerprint != cell.fingerprint:
+            planned = f"the job was planned with {cell.fingerprint}"
+            raise InvalidInput(f"{cell.model}: this machine has {facts.fingerprint}, {planned}")
+        self._loaded = load(facts, cell.dtype, self.device)
+        self._key = (cell.fingerprint, cell.dtype)
+        # Methods may replace the head's weight, but what compares with the baseline needs the original.
+        self._head = (self._loaded.head.weight, self._loaded.head.bias)
+
+    def baseline_head(self, hidden: Tensor) -> Tensor:
+        """Logits of the original model for its final hidden states."""
+        return nn.functional.linear(hidden, *self._head)
+
+    def windows(self, text: str, length: int, limit: int | None) -> Windows:
+        """Evaluation windows, tokenized once per model."""
+        key = (text, length, limit)
+        if key not in self._windows:
+            corpus = load_text(text, "evaluation", self.data)
+            self._windows[key] = evaluation_windows(corpus, self.loaded.tokenizer, length, limit)
+        found: Windows = self._windows[key]
+        return found
+
+    def calibration(self) -> Tensor:
+        """The cell's calibration windows, int64 [samples, length]."""
+        plan, seed = self.cell.calibration, self.cell.seed
+        assert plan is not None and seed is not None
+        key = ("calibration", plan["source"], plan["samples"], plan["length"], seed)
+        if key not in self._windows:
+            corpus = load_text(plan["text"], "calibration", self.data)
+            drawn = calibration_windows(corpus, self.loaded.tokenizer, plan["samples"], plan["length"], seed)
+            self._windows[key] = drawn
+        found: Tensor = self._windows[key]
+        return found
+
+
+class _Clock:
+    """Stages of an attempt: the current one, and the seconds each took."""
+
+    def __init__(self, report: Progress) -> None:
+        self.report, self.stage = report, "start"
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[Callable[[int, int], None]]:
+        self.stage = stage
+        self.report(stage, 0, 0)
+        started = time.perf_counter()
+        try:
+            yield lambda done, total: self.report(stage, done, total)
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+def run_cell(task: Task, session: Session, report: Progress) -> Outcome:
+    """Quantize and evaluate one cell; results and the attempt itself go to the store.
+
+    Never raises for what goes wrong inside the cell: the outcome and the attempt's row say what it was. Raises
+    StoreFull when results cannot be written, which is no fault of the cell.
+    """
+    store = Store.open(task.store)
+    clock = _Clock(report)
+    started, began = _now(), time.perf_counter()
+    if session.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    failure: Failure | None = None
+    error: BaseException | None = None
+    figures: list[tuple[str, float]] = []
+    bits = float(UNTOUCHED)
+    try:
+        bits = _run(task, session, store, clock, figures)
+    except StoreFull:
+        raise
+    except Exception as raised:  # whatever a method, a model or a library does wrong ends this attempt only
+        failure, error = classify(raised), raised
+    seconds = time.perf_counter() - began
+    line = _one_line(error) if error else None
+    store.publish_attempt(
+        AttemptRow(
+            attempt_id=task.attempt_id,
+            cell_id=task.cell.cell_id,
+            job=task.job,
+            number=task.number,
+            outcome=failure or "ok",
+            stage=clock.stage,
+            error=line,
+            traceback="".join(traceback.format_exception(error)) if error else None,
+            worker=f"pid {os.getpid()}",
+            node=socket.gethostname(),
+            started=started,
+            wall_s=seconds,
+            stages=json.dumps(clock.seconds),
+            peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_gpu_bytes=torch.cuda.max_memory_allocated() if session.device.type == "cuda" else None,
+            notes=json.dumps(session.notes),
+            provenance=json.dumps(environment.provenance()),
+        )
+    )
+    return Outcome(
+        attempt_id=task.attempt_id,
+        cell_id=task.cell.cell_id,
+        failure=failure,
+        error=line,
+        seconds=seconds,
+        figures=tuple(figures),
+        linear_bits=bits,
+    )
+
+
+def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: list[tuple[str, float]]) -> float:
+    cell = task.cell
+    with clock("load"):
+        session.begin(cell)
+    evaluators = [(spec, build_evaluator(spec.name, spec.options)) for spec in task.evaluations]
+    with clock("prepare"):
+        for _, evaluator in evaluators:
+            evaluator.prepare(session)
+    with clock("quantize" if cell.calibration is None else "calibrate + quantize") as progress:
+        layers = quantize_cell(session, progress)
+    row = cell_row(task, session, layers)
+    store.publish_cell(row, [_layer_row(cell.cell_id, layer) for layer in layers])
+    for spec, evaluator in evaluators:
+        with clock(f"evaluate {spec.label}") as progress, torch.no_grad():
+            result = evaluator.run(session, progress)
+        metrics = [_metric_row(task, spec, metric) for metric in result.metrics]
+        documents = [
+            DocumentRow(**dataclasses.asdict(document), cell_id=cell.cell_id, eval_id=spec.eval_id)
+            for document in result.documents
+        ]
+        store.publish_evaluation(cell.cell_id, spec.eval_id, task.attempt_id, metrics, documents)
+        figures.append((spec.label, result.metrics[0].value))
+    return row.linear_bits
+
+
+def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> list[LayerResult]:
+    """Apply the session's cell to its loaded model; what happened to each linear layer."""
+    cell = session.cell
+    recipe, scheme = Recipe.from_specs(cell.methods), parse_scheme(cell.scheme)
+    solver = recipe.solver or build_method("rtn", {})
+    assert isinstance(solver, WeightSolver)
+
+    def grid_of(role: str) -> Grid | None:
+        bits = scheme.weight_bits(role)
+        if bits == UNTOUCHED:
+            return None
+        return Grid(
+            bits=bits, group_size=cell.group_size, symmetric=cell.symmetric, scale_dtype=DTYPES[cell.scale_dtype]
+        )
+
+    windows = session.calibration() if solver.needs_text and "weight" in scheme.sites else None
+    sequential = cell.statistics == "sequential"
+    if scheme == Scheme():
+        solver = build_method("rtn", {})  # the baseline: every layer is listed as left alone
+        assert isinstance(solver, WeightSolver)
+    return quantize_weights(session.loaded, solver, grid_of, windows, sequential=sequential, report=progress)
+
+
+def cell_row(task: Task, session: Session, layers: list[LayerResult]) -> CellRow:
+    """The cell's row: axes, exact stored sizes, coverage."""
+    cell, loaded = task.cell, session.loaded
+    done = [layer for layer in layers if layer.solver is not None]
+    linear_bytes = sum(layer.stored_bytes for layer in done)
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in done)
+    model_bytes = loaded.other_bytes() + sum(layer.stored_bytes for layer in layers)
+    element = next(loaded.model.parameters()).element_size()
+    return CellRow(
+        cell_id=cell.cell_id,
+        attempt_id=task.attempt_id,
+        job=task.job,
+        model=cell.model,
+        fingerprint=cell.fingerprint,
+        recipe=cell.recipe,
+        scheme=cell.scheme,
+        group_size=cell.group_size,
+        seed=cell.seed,
+        symmetric=cell.symmetric,
+        scale_dtype=cell.scale_dtype,
+        dtype=cell.dtype,
+        statistics=cell.statistics,
+        spec=json.dumps(dataclasses.asdict(cell)),
+        linear_bits=8 * linear_bytes / weights if weights else 8.0 * element,
+        model_bits=8 * model_bytes / loaded.parameter_count(),
+        linear_bytes=linear_bytes,
+        model_bytes=model_bytes,
+        layers_quantized=len(done),
+        layers_skipped=len(layers) - len(done),
+        created=_now(),
+    )
+
+
+def _layer_row(cell_id: str, layer: LayerResult) -> LayerRow:
+    return LayerRow(
+        cell_id=cell_id,
+        layer=layer.layer,
+        role=layer.role,
+        module=layer.module,
+        rows=layer.shape[0],
+        columns=layer.shape[1],
+        solver=layer.solver,
+        reason=layer.reason,
+        bits=layer.bits,
+        group_size=layer.group_size,
+        stored_bytes=layer.stored_bytes,
+        weight_error=layer.weight_error,
+        output_error=layer.output_error,
+        notes=json.dumps(layer.notes),
+    )
+
+
+def _metric_row(task: Task, spec: EvaluationSpec, metric: Any) -> MetricRow:
+    return MetricRow(
+        **dataclasses.asdict(metric),
+        cell_id=task.cell.cell_id,
+        eval_id=spec.eval_id,
+        attempt_id=task.attempt_id,
+        evaluation=spec.label,
+        protocol=json.dumps(dict(spec.protocol)),
+        created=_now(),
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    known = isinstance(error, (InvalidInput, Unavailable))
+    return (text if known and text else f"{type(error).__name__}: {text}")[:500]
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

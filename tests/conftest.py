@@ -1,0 +1,81 @@
+"""Shared fixtures: a tiny model of each family on disk, isolated caches, the optional data pack."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before torch is imported: spinning threads make small operators on a busy machine a hundred times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+PACK = Path(os.environ.get("QFARM_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 16},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "max_position_embeddings": 256},
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or fills the user's cache, and none inherits a data pack or a cluster by accident."""
+    monkeypatch.setenv("QFARM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    for name in ("QFARM_DATA", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def pack() -> str:
+    """The data pack's folder; tests that need it are skipped where it is not there."""
+    if not (PACK / "pack.yaml").is_file():
+        pytest.skip(f"no data pack at {PACK} (set QFARM_DATA)")
+    return str(PACK)
+
+
+def save_tiny(folder: Path, family: str, **changes: Any) -> Path:
+    """A random model with two blocks and a byte-like tokenizer, saved as a checkpoint."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    config = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 260,
+        "max_position_embeddings": 256,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 257,
+        **TINY[family],
+        **changes,
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config), dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name and parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)} | {"<s>": 256, "</s>": 257}, merges=[]))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny checkpoints by family."""
+    return {family: save_tiny(tmp_path_factory.mktemp(family), family) for family in TINY}
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_models: dict[str, Path]) -> Path:
+    return tiny_models["llama"]

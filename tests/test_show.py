@@ -1,0 +1,87 @@
+"""One cell shown whole."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from qfarm.errors import InvalidInput
+from qfarm.record import LayerRow
+from qfarm.report.show import show
+from tests.report_example import FAILED, GPTQ, MODEL, RTN, Example, FakeStore, example, hostile_store
+
+
+@pytest.fixture
+def small() -> Example:
+    return example()
+
+
+def with_layers(small) -> FakeStore:
+    small.store.rows["layers"] = [
+        LayerRow(
+            **{"cell_id": GPTQ, "layer": i, "role": "q", "module": f"layers.{i}.q", "rows": 8, "columns": 8},
+            **{"solver": "gptq", "bits": 4, "group_size": 64, "stored_bytes": 40},
+            **{"weight_error": 0.01, "output_error": i / 100},
+        )
+        for i in range(12)
+    ]
+    small.store.rows["layers"].append(
+        LayerRow(
+            **{"cell_id": GPTQ, "layer": -1, "role": "head", "module": "lm_head", "rows": 8, "columns": 8},
+            **{"solver": None, "reason": "output head", "stored_bytes": 128},
+        )
+    )
+    return small.store
+
+
+def test_show_tells_all(small):
+    store = with_layers(small)
+    text = render_lines(show(store, "11", width=80))
+    said = " ".join(" ".join(text).split())
+    for expected in (
+        f"gptq w4 g64 · {MODEL}",
+        "4.250 bits per weight, 66 MB",
+        "12 layers: gptq, 4 bits, group 64",
+        "1 layer left alone, output head: lm_head",
+        "layers.11.q gptq 0.110 0.0100 layers.10.q",
+        "layers.7.q",
+        "options.length=2048",
+        "kl 0.0316 nats per token 30 30",
+        "ok, its result is the one stored",
+        "load 1.5s, evaluate 1m 39s",
+        "qfarm.commit abc",
+    ):
+        assert expected in said, expected
+    assert "layers.6.q" not in said
+
+
+def render_lines(text):
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    return lines
+
+
+def test_show_a_cell_that_never_finished(small):
+    lines = render_lines(show(small.store, "dead", width=80))
+    assert f"cell {FAILED}" in lines and "  no attempt has stored a result" in lines
+    assert "    Traceback" in lines and "      line 1" in lines
+    assert any(line.split() == ["error", "CUDA", "out", "of", "memory"] for line in lines)
+
+
+def test_show_refuses_what_names_no_cell_or_several(small):
+    with pytest.raises(InvalidInput) as unknown:
+        show(small.store, "zz\n[red]")
+    assert str(unknown.value).startswith('"zz [red]" names no cell of this store; cells: 1111111111111111 (gptq w4 of ')
+    assert f"{FAILED} (never finished)" in str(unknown.value)
+    with pytest.raises(InvalidInput, match=r'^"" names 4 cells; cells: ') as ambiguous:
+        show(small.store, "")
+    assert "\n" not in str(unknown.value) + str(ambiguous.value)
+
+
+def test_show_is_harmless():
+    store = hostile_store()
+    for cell_id in (RTN, FAILED):
+        text = "\n".join(render_lines(show(store, cell_id, width=80)))
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
+        assert "[red]x[/red]" in text

@@ -1,0 +1,187 @@
+"""run_cell: what reaches the store from good and bad cells, without Ray."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qfarm.errors import Failure, StoreFull
+from qfarm.job import Job, parse_job
+from qfarm.models.load import LoadedModel
+from qfarm.plan import Outcome, Plan, Task, make_plan
+from qfarm.store import Store
+from qfarm.worker import Session, run_cell
+
+JOB = """
+models: [{model}]
+methods: [rtn, gptq]
+bits: [w3, w4/8]
+group_sizes: [16]
+dtype: float32
+calibration: {{text: python-docs, samples: 4, length: 64}}
+evaluate: [perplexity: {{text: python-docs, length: 64, windows: 30}}]
+resources: {{gpus: 0}}
+"""
+
+
+def make_job(model: Path, text: str = JOB) -> Job:
+    return parse_job(text.format(model=model), "job.yaml")
+
+
+class Farm:
+    """A store and a session, and every cell of a plan run in order."""
+
+    def __init__(self, folder: Path, job: Job) -> None:
+        self.store = Store.open(folder, create=True)
+        self.session, self.job, self.count = Session(None), job, 0
+        self.stages: list[tuple[str, int, int]] = []
+
+    def plan(self) -> Plan:
+        return make_plan(self.job, self.store, None)
+
+    def run(self, index: int) -> Outcome:
+        planned = self.plan().cells[index]
+        self.count += 1
+        task = Task(
+            job="job",
+            cell=planned.cell,
+            evaluations=planned.missing,
+            store=self.store.location,
+            attempt_id=f"attempt{self.count}",
+            number=1,
+            data=None,
+        )
+        return run_cell(task, self.session, lambda *event: self.stages.append(event))
+
+    def table(self, name: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self.store.read(name).to_pylist()
+        return rows
+
+
+@pytest.fixture
+def farm(tmp_path: Path, tiny: Path) -> Farm:
+    return Farm(tmp_path / "store", make_job(tiny))
+
+
+def test_a_whole_matrix(farm: Farm) -> None:
+    outcomes = [farm.run(index) for index in range(5)]
+    assert all(outcome.failure is None for outcome in outcomes)
+    assert all(planned.done for planned in farm.plan().cells)
+    cells = {(row["recipe"], row["scheme"]): row for row in farm.table("cells")}
+    assert set(cells) == {("baseline", "w16"), *((r, s) for r in ("rtn", "gptq") for s in ("w3", "w4/8"))}
+    values = {row["cell_id"]: row["value"] for row in farm.table("metrics") if row["metric"] == "perplexity"}
+    perplexity = {key: values[row["cell_id"]] for key, row in cells.items()}
+    assert len(set(perplexity.values())) == 5
+    # 3 bits plus 16 for the scale and 3 for the zero of 16 weights; zeros of few rows fill whole words.
+    assert cells["rtn", "w3"]["linear_bits"] == pytest.approx(3 + 19 / 16, abs=0.02)
+    assert cells["baseline", "w16"]["linear_bits"] == 32  # float32 model
+    for row in cells.values():
+        layers = [layer for layer in farm.table("layers") if layer["cell_id"] == row["cell_id"]]
+        assert len(layers) == 14 and row["layers_quantized"] + row["layers_skipped"] == 14
+        assert sum(layer["stored_bytes"] for layer in layers if layer["solver"]) == row["linear_bytes"]
+    bits = {
+        layer["role"]: layer["bits"] for layer in farm.table("layers") if layer["cell_id"] == cells["rtn", "w4/8"]["cell_id"]
+    }
+    assert bits["q"] == bits["o"] == 8 and bits["up"] == bits["down"] == 4
+    stages = [stage for stage, _, _ in farm.stages]
+    assert "load" in stages and "calibrate + quantize" in stages and any(s.startswith("evaluate") for s in stages)
+
+
+def test_results_do_not_depend_on_what_the_worker_did_before(farm: Farm, tmp_path: Path, tiny: Path) -> None:
+    for index in range(5):
+        farm.run(index)
+    alone = Farm(tmp_path / "other", make_job(tiny))
+    alone.run(0)
+    alone.run(4)
+    expected = {row["cell_id"]: row["loss"] for row in farm.table("documents")}
+    assert alone.table("documents")
+    for row in alone.table("documents"):
+        assert row["cell_id"] in expected
+    key = [(r["cell_id"], r["document"], r["loss"], r["kl"]) for r in alone.table("documents")]
+    ids = {r["cell_id"] for r in alone.table("documents")}
+    full = [(r["cell_id"], r["document"], r["loss"], r["kl"]) for r in farm.table("documents") if r["cell_id"] in ids]
+    assert sorted(key) == sorted(full)
+
+
+def test_attempts_tell_what_a_result_was_made_with(farm: Farm) -> None:
+    farm.run(0)
+    (attempt,) = farm.table("attempts")
+    assert attempt["outcome"] == "ok" and attempt["wall_s"] > 0 and attempt["error"] is None
+    provenance = json.loads(attempt["provenance"])
+    assert provenance["packages"]["torch"] == torch.__version__ and provenance["threads"] >= 1
+    assert sum(json.loads(attempt["stages"]).values()) <= attempt["wall_s"]
+    text = json.dumps(attempt)
+    assert "HF_TOKEN" not in text and "SECRET" not in text
+
+
+def test_a_bug_ends_the_attempt_only(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: LoadedModel, ids: Any) -> None:
+        raise RuntimeError("first line\nsecond line")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoadedModel, "body", broken)
+        outcome = farm.run(0)
+    assert outcome.failure == Failure.BUG and outcome.error == "RuntimeError: first line second line"
+    (attempt,) = farm.table("attempts")
+    assert attempt["outcome"] == "bug" and attempt["stage"].startswith("evaluate")
+    assert "second line" in attempt["traceback"] and "broken" in attempt["traceback"]
+    assert farm.run(0).failure is None
+    assert len(farm.table("attempts")) == 2 and farm.plan().cells[0].done
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), Failure.OOM),
+        (MemoryError(), Failure.OOM),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate"), Failure.OOM),
+        (ConnectionError("hub"), Failure.UNAVAILABLE),
+        (KeyError("x"), Failure.BUG),
+    ],
+)
+def test_failures_are_told_apart(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: Failure
+) -> None:
+    def broken(self: LoadedModel, ids: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(LoadedModel, "body", broken)
+    assert farm.run(0).failure == kind
+
+
+def test_a_model_that_changed_since_planning_is_refused(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = farm.plan()
+    monkeypatch.setattr(Farm, "plan", lambda self: plan)
+    import dataclasses
+
+    changed = dataclasses.replace(plan.cells[0].cell, fingerprint="sha256:other")
+    object.__setattr__(plan.cells[0], "cell", changed)
+    outcome = farm.run(0)
+    assert outcome.failure == Failure.INVALID and "was planned with" in str(outcome.error)
+
+
+def test_a_full_store_is_not_the_cells_fault(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> bool:
+        raise StoreFull("no space")
+
+    monkeypatch.setattr(Store, "publish_cell", full)
+    with pytest.raises(StoreFull):
+        farm.run(0)
+
+
+def test_only_missing_evaluations_run(farm: Farm, tiny: Path) -> None:
+    for index in range(5):
+        farm.run(index)
+    more = JOB.replace("]\nresources", ", perplexity: {{text: python-docs, length: 32, windows: 5}}]\nresources")
+    farm.job = make_job(tiny, more)
+    plan = farm.plan()
+    assert [len(planned.missing) for planned in plan.cells] == [1] * 5
+    before = {row["cell_id"]: row["attempt_id"] for row in farm.table("cells")}
+    farm.run(0)
+    farm.run(4)
+    assert {row["cell_id"]: row["attempt_id"] for row in farm.table("cells")} == before  # the first wins
+    assert len({row["eval_id"] for row in farm.table("metrics")}) == 2
