@@ -33,9 +33,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from qfarm.calibrate import InputStatistics, Statistic
 from qfarm.errors import NonFinite
-from qfarm.quantizer import Convention, Grid, UniformWeight
+from qfarm.inputs import InputStatistics, Statistic
+from qfarm.quantized import UniformWeight
+from qfarm.quantizer import Convention, Grid
 from qfarm.recipe import STRICT, WeightSolver
 from qfarm.solver import Factor, Solution, factorise, solve
 

@@ -19,8 +19,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from qfarm.calibrate import InputStatistics
-from qfarm.quantizer import Convention, Grid, UniformWeight
+from qfarm.inputs import InputStatistics
+from qfarm.quantized import UniformWeight
+from qfarm.quantizer import Convention, Grid
 from qfarm.recipe import STRICT, WeightSolver
 
 

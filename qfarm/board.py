@@ -137,7 +137,8 @@ class Board:
     def raised(self, worker: str, task: Task, place: Place, error: BaseException, trace: str) -> None:
         """An exception left `run_cell`, which keeps a cell's failures to itself: a full store, or a mistake of ours."""
         if isinstance(error, StoreFull):
-            del self._running[task.attempt_id]  # no fault of the cell: neither a failure nor a retry
+            attempt = self._running.pop(task.attempt_id)
+            self.scheduler.returned(attempt.cell_id, worker)
             self.stop(one_line(str(error)))
         else:
             self.lost(worker, task, place, classify(error), one_line(error), trace)
@@ -173,7 +174,7 @@ class Board:
         self.emit(Failed(cell=cell, worker=worker, kind=kind, error=error, attempt=task.number, retry_in=retry_in))
         if retry_in is None and cell.is_baseline and any(self._needs(work, cell) for work in self._work.values()):
             self.note(
-                f"the baseline of {cell.model} was given up; the cells that compare with it compute its states themselves"
+                f"the baseline of {cell.model} was given up; cells that compare with it compute its states themselves"
             )
 
     @staticmethod

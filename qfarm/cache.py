@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import filelock
 
 HASH_BLOCK = 1 << 20
+SETTLED_NS = 2_000_000_000  # a file may change twice within a tick of its file system's clock (FAT: 2 s)
 DEFAULT_LIMIT = 64 << 30  # bytes of hidden states kept; QFARM_CACHE_LIMIT overrides
 
 
@@ -42,7 +44,7 @@ def entry(kind: str, key: str, make: Callable[[Path], None]) -> Path:
 
 
 def publish_file(kind: str, name: str, write: Callable[[Path], None]) -> Path:
-    """Write `kind/name` aside and rename it into place, replacing what was there; then keep the kind below its limit."""
+    """Write `kind/name` aside and rename it into place, replacing what was there; then trim the kind to its limit."""
     final = root() / kind / name
     final.parent.mkdir(parents=True, exist_ok=True)
     with _aside(final) as part:
@@ -79,20 +81,21 @@ def _trim(folder: Path, limit: int, keep: Path) -> None:
     files = []
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process may trim at the same time
-            if path.is_file() and path != keep and not path.name.endswith((".part", ".lock")):
+            if path.is_file() and not path.name.endswith((".part", ".lock")):
                 files.append((path.stat().st_mtime, path.stat().st_size, path))
-    total = keep.stat().st_size + sum(size for _, size, _ in files)
+    total = sum(size for _, size, _ in files)
     for _, size, path in sorted(files):
         if total <= limit:
             return
-        path.unlink(missing_ok=True)
-        total -= size
+        if path != keep:
+            path.unlink(missing_ok=True)
+            total -= size
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, remembered by path, size, inode and time of change."""
+    """SHA-256 of a file, remembered by path, size, inode and time of change, once that time is past."""
     stat = path.stat()
-    mark = f"{path.resolve()}:{stat.st_size}:{stat.st_ino}:{stat.st_mtime_ns}"
+    mark = f"{path.resolve()}:{stat.st_size}:{stat.st_ino}:{stat.st_ctime_ns}"
     name = hashlib.sha256(mark.encode()).hexdigest()
     known = root() / "hashes" / name
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
@@ -102,6 +105,8 @@ def file_hash(path: Path) -> str:
         while block := stream.read(HASH_BLOCK):
             digest.update(block)
     value = digest.hexdigest()
+    if abs(time.time_ns() - stat.st_ctime_ns) < SETTLED_NS:
+        return value
     publish_file("hashes", name, lambda part: _write_json(part, {"sha256": value, "path": str(path)}))
     return value
 

@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Every expected error ends as one line on stderr and exit code 2."""
     from qfarm.console import print_error
 
+    # Before torch is imported: threads that spin while they wait slow down everything else on a small machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = group.main(args=arguments, prog_name="qfarm", standalone_mode=False)
     except click.exceptions.Exit as done:
@@ -229,7 +231,12 @@ def store_group() -> None:
 @store_group.command("check")
 @click.argument("store", required=False)
 def store_check(store: str | None) -> None:
-    """Verify every file of STORE against its manifests; exit code 1 when something is wrong."""
+    """Verify every file of STORE against its manifests; exit code 1 when something is wrong.
+
+    \b
+    Example:
+      qfarm store check results/quickstart
+    """
     faults = _open(store or _last_store()).check()
     for fault in faults:
         click.echo(fault)
@@ -285,7 +292,8 @@ def _last_store() -> str:
 
 
 def _print_report(store: Store, style: Any, filters: dict[str, str | None]) -> None:
-    from qfarm.report import load, render
+    from qfarm.report.render import render
+    from qfarm.report.tables import load
 
     text = render(load(store), style, width=_width(), color=_color(), **filters)
     click.echo(text, nl=False)

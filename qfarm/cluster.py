@@ -91,10 +91,10 @@ def running_head(cluster_yaml: Path) -> str | None:
     lines = answer.stdout.split()
     if answer.returncode or not lines or not re.fullmatch(r"[A-Za-z0-9.:-]+", lines[-1]):
         return None
-    return lines[-1] if _answers(lines[-1], DASHBOARD_PORT) else None
+    return lines[-1] if answers(lines[-1], DASHBOARD_PORT) else None
 
 
-def _answers(host: str, port: int) -> bool:
+def answers(host: str, port: int) -> bool:
     try:
         socket.create_connection((host, port), timeout=PROBE_S).close()
     except OSError:
@@ -134,7 +134,9 @@ def connected(address: str | None) -> Iterator[None]:
         yield
         return
     handler = signal.getsignal(signal.SIGTERM)
-    with process_environment(ANY_ENVIRONMENT if address else _local_environment()):
+    chosen = dict(ANY_ENVIRONMENT) if address else local_environment()
+    # RAY_ADDRESS has been weighed already; Ray would let it win over what it is told.
+    with ray_environment({**chosen, "RAY_ADDRESS": None}):
         try:
             _join(address)
             if threading.current_thread() is threading.main_thread():
@@ -155,7 +157,7 @@ def _join(address: str | None) -> None:
         return
     parts = urllib.parse.urlsplit(f"//{address}")
     # Ray itself tries for ever.
-    if parts.hostname and parts.port and not _answers(parts.hostname, parts.port):
+    if parts.hostname and parts.port and not answers(parts.hostname, parts.port):
         raise InvalidInput(f"no Ray cluster answers at {address}; start one, or name another with --address")
     try:
         ray.init(address=address, **quiet)
@@ -165,7 +167,7 @@ def _join(address: str | None) -> None:
         raise InvalidInput(f"cannot join the Ray cluster at {address}: {reason}; {token_line(os.environ)}") from None
 
 
-def _local_environment() -> dict[str, str]:
+def local_environment() -> dict[str, str]:
     """Ray's ports listen on every interface even for a cluster of one machine, and whoever reaches them runs code.
 
     So a token is required, one of our own that lives in the environment of these processes only. Ray's default would
@@ -181,6 +183,19 @@ def _local_environment() -> dict[str, str]:
 def _own_token() -> str:
     """One per process: Ray reads it once and keeps it."""
     return secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def ray_environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """The environment for Ray in this process. Ray reads it when it is imported, so it has to be told to look again."""
+    from ray._raylet import Config  # type: ignore[attr-defined]
+
+    try:
+        with process_environment(values):
+            Config.initialize("")
+            yield
+    finally:
+        Config.initialize("")
 
 
 @contextlib.contextmanager

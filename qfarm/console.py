@@ -63,6 +63,7 @@ class _State:
         self.cells = 0
         self.finished = 0
         self.failed = 0
+        self.ended = False
         self.running: dict[tuple[str, str], _Running] = {}  # by cell and worker: a straggler's cell may run twice
         self.latest: collections.deque[str] = collections.deque(maxlen=LATEST)
         self._seconds = 0.0  # of all finished cells
@@ -91,13 +92,14 @@ class _State:
                 return "note", event.text
             case JobEnded():
                 self.running.clear()
+                self.ended = True
                 counts = f"{event.finished:,} finished, {event.failed:,} failed in {duration(event.seconds)}"
                 return "ended", f"interrupted: {counts}; {RESUME}" if event.interrupted else counts
 
     def eta(self) -> float | None:
         """Seconds until everything is done; None before the first finish."""
         remaining = self.cells - self.finished - self.failed
-        if not self.finished or remaining <= 0:
+        if not self.finished or self.ended or remaining <= 0:
             return None
         mean, now = self._seconds / self.finished, self.clock()
         begun = {cell_id: now - running.since for (cell_id, _), running in self.running.items()}
@@ -129,8 +131,9 @@ class _State:
 
     def _failed(self, event: Failed) -> str:
         self.running.pop((event.cell.cell_id, event.worker), None)
+        self._seen[event.worker] = self.clock()
         if event.kind in _WORKER_GONE:
-            self._seen.pop(event.worker, None)
+            del self._seen[event.worker]
         self.failed += event.retry_in is None
         then = "given up" if event.retry_in is None else f"retry in {duration(event.retry_in)}"
         return f"{_name(event.cell)}: {event.kind}: {plain(event.error, ERROR_SHOWN)} (attempt {event.attempt}, {then})"

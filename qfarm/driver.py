@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qfarm.board import AttemptStore, Board, CellWork, Place
-from qfarm.cluster import find_address, lacking_gpu
+from qfarm.cluster import find_address, lacking_gpu, process_environment
 from qfarm.errors import InvalidInput
 from qfarm.events import Event, JobEnded
 from qfarm.job import Resources
@@ -68,7 +68,10 @@ def run(
     ends the workers and returns a summary; a second one ends this process at once. Raises InvalidInput when Ray cannot
     be reached or the machine lacks what the job asks for, QfarmError when no worker can start.
     """
-    from qfarm.pool import run_pool  # Ray takes a second to import, which --local need not pay
+    # Ray takes a second to import, which --local need not pay. It would print its own account of every lost worker
+    # among our output; this documented switch is read at the import.
+    with process_environment({"RAY_DEDUP_LOGS_SKIP_REGEX": "."}):
+        from qfarm.pool import run_pool
 
     board = _board(tasks, settings, emit, job_name, store_location, store_factory)
     return _supervised(board, lambda: run_pool(board, settings))

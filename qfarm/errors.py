@@ -93,8 +93,8 @@ def classify(error: BaseException) -> Failure:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """' did you mean "x"? known: ...' for an unknown name."""
-    names = sorted(known)
-    match = difflib.get_close_matches(word, names, n=1)
-    hint = f', did you mean "{match[0]}"?' if match else ""
-    return f"{hint} known: {', '.join(names)}" if names else hint
+    """How a message about an unknown name goes on: ', did you mean "x"? known: x, y', or '; known: x, y'."""
+    names = {name.lower(): name for name in sorted(known)}
+    match = difflib.get_close_matches(word.lower(), names, n=1)
+    hint = f', did you mean "{names[match[0]]}"?' if match else ";"
+    return f"{hint} known: {', '.join(names.values())}" if names else ""

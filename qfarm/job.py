@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
 
 from qfarm.errors import InvalidInput, JobError, nearest
 from qfarm.scheme import Scheme, parse_scheme
+from qfarm.text import check_name
 
 MAX_JOB_BYTES = 1_000_000
+MAX_DEPTH = 20  # of nested lists and mappings
 FORBID = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
 
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 ModelDtype = Literal["bfloat16", "float16", "float32"]
+Name = Annotated[str, pydantic.Field(min_length=1)]
+Seed = Annotated[int, pydantic.Field(ge=0, lt=1 << 32)]  # Python's generator takes -1 for 1, NumPy's takes 32 bits
 
 
 class Calibration(pydantic.BaseModel):
@@ -32,7 +37,7 @@ class Resources(pydantic.BaseModel):
     """What one worker takes. On a machine without GPUs say `gpus: 0`."""
 
     model_config = FORBID
-    gpus: float = pydantic.Field(1, ge=0)
+    gpus: float = pydantic.Field(1, ge=0, allow_inf_nan=False)
     cpus: int = pydantic.Field(1, ge=1)
     workers: int | None = pydantic.Field(None, ge=1, description="at most so many workers; default: all that fit")
 
@@ -52,11 +57,11 @@ class Include(pydantic.BaseModel):
     """Cells beside the matrix; a field that is absent takes the matrix's values."""
 
     model_config = FORBID
-    models: list[str] | None = None
+    models: list[Name] | None = None
     methods: list[Any] | None = None
     bits: list[str | int] | None = None
     group_sizes: list[int] | None = None
-    seeds: list[int] | None = None
+    seeds: list[Seed] | None = None
 
 
 class JobFile(pydantic.BaseModel):
@@ -64,7 +69,7 @@ class JobFile(pydantic.BaseModel):
 
     model_config = FORBID
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    models: list[str] = pydantic.Field(min_length=1)
+    models: list[Name] = pydantic.Field(min_length=1)
     methods: list[Any] = pydantic.Field(default_factory=list)
     bits: list[str | int] = pydantic.Field(default_factory=list)
     group_sizes: list[int] = pydantic.Field(default_factory=lambda: [-1], min_length=1)
@@ -73,13 +78,13 @@ class JobFile(pydantic.BaseModel):
     dtype: ModelDtype = "bfloat16"
     statistics: Literal["sequential", "independent"] = "sequential"
     calibration: Calibration = Calibration()
-    seeds: list[int] = pydantic.Field(default_factory=lambda: [0], min_length=1)
+    seeds: list[Seed] = pydantic.Field(default_factory=lambda: [0], min_length=1)
     evaluate: list[Any] = pydantic.Field(min_length=1)
     include: list[Include] = pydantic.Field(default_factory=list)
     exclude: list[Match] = pydantic.Field(default_factory=list)
     resources: Resources = Resources()
     retries: int = pydantic.Field(2, ge=0, le=20)
-    store: str = "results"
+    store: Name = "results"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,24 +124,48 @@ def load_job(path: str | Path) -> Job:
 def parse_job(text: str, path: str) -> Job:
     """Check the text of a job file; `path` is for messages and for the default name."""
     try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
-            raise JobError(f"{path}: YAML aliases (*name) are not supported in job files")
-        data = yaml.safe_load(text)
+        _refuse_unsafe_structure(text, path)
+        loader = yaml.SafeLoader(text)
+        tree = loader.get_single_node()
+        where = _Locator(path, tree)
+        where.refuse_unsafe_keys()
+        data = loader.construct_document(tree) if tree else None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark else ""
-        raise JobError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    where = _Locator(path, tree)
+        raise JobError(_yaml_fault(error, text, path)) from None
+    except ValueError as error:  # a date that does not exist, an integer of thousands of digits
+        raise JobError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise JobError(f"{path}: a job is a mapping with the keys {', '.join(JobFile.model_fields)}")
-    where.refuse_duplicate_keys()
     data.setdefault("name", Path(path).stem)
     try:
         file = JobFile.model_validate(data)
     except pydantic.ValidationError as error:
         raise JobError(_first_fault(error, where)) from None
     return _resolve(file, path, where)
+
+
+def _refuse_unsafe_structure(text: str, path: str) -> None:
+    """Refuse what a job file does not need: aliases can grow without bound, depth exhausts the stack."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = f"{path}: line {event.start_mark.line + 1}" if event.start_mark else path
+        if isinstance(event, yaml.AliasEvent):
+            raise JobError(f"{line}: YAML aliases (*{event.anchor}) are not supported in job files")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise JobError(f"{line}: nested more than {MAX_DEPTH} levels deep, which no job file is")
+
+
+def _yaml_fault(error: yaml.YAMLError, text: str, path: str) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark:
+        line, problem = mark.line + 1, ": ".join(filter(None, (error.context, error.problem)))  # type: ignore[attr-defined]
+    elif isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        problem = f"the character {chr(error.character)!r} is not allowed"
+    else:
+        return f"{path}: not valid YAML: {' '.join(str(error).split())}"
+    return f"{path}: line {line}: not valid YAML: {problem}"
 
 
 def _resolve(file: JobFile, path: str, where: _Locator) -> Job:
@@ -167,12 +196,20 @@ def _resolve(file: JobFile, path: str, where: _Locator) -> Job:
             seeds=seeds or base.seeds,
         )
 
-    main = block((), file, None)
-    if bool(file.methods) != bool(file.bits):
-        missing, given = ("bits", "methods") if file.methods else ("methods", "bits")
-        raise JobError(f"{path}: {missing}: is empty although {given} is not; nothing would be quantized")
-    extra = tuple(block(("include", i), part, main) for i, part in enumerate(file.include))
-    evaluations = each(("evaluate",), file.evaluate, evaluate.parse_evaluation)
+    def complete(key: tuple[Any, ...], found: Block) -> Block:
+        if bool(found.recipes) != bool(found.schemes):
+            missing, given = ("bits", "methods") if found.recipes else ("methods", "bits")
+            raise JobError(f"{where(*key)}: {missing}: is empty although {given} is not; nothing would be quantized")
+        return found
+
+    main = complete((), block((), file, None))
+    extra = tuple(complete(key := ("include", i), block(key, part, main)) for i, part in enumerate(file.include))
+    # The same evaluation written twice is one.
+    evaluations = tuple(dict.fromkeys(each(("evaluate",), file.evaluate, evaluate.parse_evaluation)))
+    try:
+        check_name(file.calibration.text)
+    except InvalidInput as error:
+        raise JobError(f"{where('calibration', 'text')}: {error}") from None
     for index, match in enumerate(file.exclude):
         if match.bits is not None:
             try:
@@ -188,21 +225,37 @@ def _group_size(value: int) -> int:
     return value
 
 
+_NESTED: dict[str, type[pydantic.BaseModel]] = {
+    "calibration": Calibration,
+    "resources": Resources,
+    "include": Include,
+    "exclude": Match,
+}
+
+
 def _first_fault(error: pydantic.ValidationError, where: _Locator) -> str:
+    from qfarm.recipe import fault_message
+
     # A union reports one fault per member; the deepest location says most.
-    first = max(error.errors(), key=lambda fault: len(fault["loc"]))
-    path = [part for part in first["loc"] if isinstance(part, int) or part in where.keys]
+    faults = error.errors()
+    first = max(faults, key=lambda fault: len(fault["loc"]))
+    path = _keys(first["loc"])
+    owner = next((_NESTED[part] for part in path if part in _NESTED), JobFile)
+    last = str(first["loc"][-1])
     if first["type"] == "extra_forbidden":
-        key = str(first["loc"][-1])
-        owner: Any = JobFile
-        for part in first["loc"][:-1]:
-            if isinstance(part, str) and part in owner.model_fields:
-                owner = {"calibration": Calibration, "resources": Resources, "include": Include, "exclude": Match}[part]
-        return f'{where(*path)}: unknown key "{key}"{nearest(key, owner.model_fields)}'
+        return f'{where(*path)}: unknown key "{last}"{nearest(last, owner.model_fields)}'
     if first["type"] == "missing":
-        return f'{where(*path[:-1])}: the key "{first["loc"][-1]}" is missing'
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{where(*path)}: {message}, got {first['input']!r}"
+        return f'{where(*path[:-1])}: the key "{last}" is missing'
+    if first["type"] == "model_type":
+        message = f"a mapping with the keys {', '.join(owner.model_fields)} is needed"
+    else:
+        message = " or ".join(dict.fromkeys(fault_message(f) for f in faults if _keys(f["loc"]) == path))
+    return f"{where(*path)}: {message}, got {reprlib.repr(first['input'])}"
+
+
+def _keys(location: tuple[str | int, ...]) -> list[str | int]:
+    """A fault's path in the file: pydantic adds the members of unions to it."""
+    return [part for part in location if part not in ("str", "int")]
 
 
 class _Locator:
@@ -210,17 +263,6 @@ class _Locator:
 
     def __init__(self, path: str, tree: yaml.Node | None) -> None:
         self.path, self.tree = path, tree
-        self.keys: set[str] = set()
-        self._collect(tree)
-
-    def _collect(self, node: yaml.Node | None) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                self.keys.add(str(key.value))
-                self._collect(value)
-        elif isinstance(node, yaml.SequenceNode):
-            for value in node.value:
-                self._collect(value)
 
     def __call__(self, *keys: str | int) -> str:
         node, line, name = self.tree, None, ""
@@ -235,18 +277,20 @@ class _Locator:
             line = found[0].start_mark.line + 1 if found else line
         return ": ".join(part for part in (self.path, f"line {line}" if line else "", name) if part)
 
-    def refuse_duplicate_keys(self, node: yaml.Node | None = None, keys: tuple[str | int, ...] = ()) -> None:
-        """YAML keeps the last of two equal keys in silence; a job must not."""
+    def refuse_unsafe_keys(self, node: yaml.Node | None = None, keys: tuple[str | int, ...] = ()) -> None:
+        """Keys must be text, and differ: YAML keeps the last of two equal keys in silence."""
         node = self.tree if node is None else node
         if isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
             for key, value in node.value:
+                line = key.start_mark.line + 1
+                if key.tag != "tag:yaml.org,2002:str":
+                    given = key.value if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
+                    raise JobError(f"{self.path}: line {line}: a key must be text, got {given} (quote it if it is)")
                 if key.value in seen:
-                    raise JobError(
-                        f"{self(*keys, key.value)}: the key stands twice (again in line {key.start_mark.line + 1})"
-                    )
+                    raise JobError(f"{self(*keys, key.value)}: the key stands twice (again in line {line})")
                 seen.add(key.value)
-                self.refuse_duplicate_keys(value, (*keys, key.value))
+                self.refuse_unsafe_keys(value, (*keys, key.value))
         elif isinstance(node, yaml.SequenceNode):
             for index, value in enumerate(node.value):
-                self.refuse_duplicate_keys(value, (*keys, index))
+                self.refuse_unsafe_keys(value, (*keys, index))

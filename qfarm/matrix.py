@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qfarm.errors import InvalidInput, JobError
-from qfarm.job import Block, Calibration, Job, Match
+from qfarm.job import Block, Calibration, Job, JobFile, Match
 from qfarm.scheme import Scheme, parse_scheme
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def expand(job: Job, facts: Callable[[str], ModelFacts], text_hash: Callable[[st
     models = dict.fromkeys(name for block in job.blocks for name in block.models)
     for name in models:
         cell = _cell(job, facts(name), _baseline_recipe(), Scheme(), -1, 0, text_hash)
-        cells[cell.cell_id] = cell
+        cells.setdefault(cell.cell_id, cell)
     for block in job.blocks:
         for axes in _product(block):
             name, recipe, scheme, group_size, seed = axes
@@ -105,7 +105,7 @@ def expand(job: Job, facts: Callable[[str], ModelFacts], text_hash: Callable[[st
             used.update(matched)
             if matched:
                 continue
-            rule = broken_rule(facts(name), recipe, scheme, group_size, bool(job.file.symmetric))
+            rule = broken_rule(job.file, facts(name), recipe, scheme, group_size)
             if rule:
                 group = "" if group_size == -1 else f" g{group_size}"
                 invalid[Invalid(model=name, label=f"{recipe.name} {scheme}{group}", rule=rule)] = None
@@ -120,7 +120,7 @@ def expand(job: Job, facts: Callable[[str], ModelFacts], text_hash: Callable[[st
     return Matrix(cells=tuple(ordered), invalid=tuple(invalid), notes=tuple(notes))
 
 
-def broken_rule(facts: ModelFacts, recipe: Recipe, scheme: Scheme, group_size: int, symmetric: bool) -> str | None:
+def broken_rule(file: JobFile, facts: ModelFacts, recipe: Recipe, scheme: Scheme, group_size: int) -> str | None:
     """The first rule that this combination breaks, or None when it can run."""
     if not scheme.sites:
         return f"{scheme} leaves everything at 16 bits; that is the baseline, which is added by itself"
@@ -131,9 +131,12 @@ def broken_rule(facts: ModelFacts, recipe: Recipe, scheme: Scheme, group_size: i
     if orphans:
         return f"{scheme} quantizes {', '.join(orphans)}, which no method of {recipe.name} does"
     for method in recipe.methods:
-        refused = method.refusal(group_size, symmetric)
+        refused = method.refusal(group_size, bool(file.symmetric))
         if refused:
             return f"{method.name}: {refused}"
+    solver = recipe.solver
+    if solver and solver.true_sequential and file.statistics == "independent":
+        return f"{solver.name}: true-sequential sees quantized layers, which statistics: independent rules out"
     if "weight" in scheme.sites:
         return _broken_weight_rule(facts, recipe, scheme, group_size)
     return None

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import re
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from qfarm.plan import Outcome, Task
 
 GET_S = 10.0  # to fetch an answer that is there already
+EMPTY_S = 2.0  # for the inbox to answer
 ASK_AGAIN_S = 1.0  # between two questions to a worker that cannot be reached for the moment
 HEARTBEATS = 6  # that fit into the silence after which a worker counts as hung
 HEARTBEAT_S = 5.0  # at most
@@ -35,6 +37,7 @@ BAD_STARTS = 3  # in a row, then no more workers are hired
 DEPARTED = 256  # killed processes that new workers are told of
 # common_pb2.NodeDeathInfo.Reason: a raylet that got SIGTERM, and one that was drained for preemption.
 PREEMPTION_REASONS = frozenset({1, 3})
+NODE_DIED = "its node has died"  # in Ray's account of an actor whose node is not in our books yet
 
 
 def run_pool(board: Board, settings: Settings) -> None:
@@ -102,15 +105,14 @@ class Pool:
             self._hand_out()
             for worker in self._answered():
                 self._take(worker)
-            self._read_inbox(wait_s=0.0)
+            self._read_inbox()
             self._end_silent()
             self._complain()
 
     def close(self) -> None:
-        """Kill everything at once; nothing is asked to finish."""
-        for worker in list(self._workers):
-            self._dismiss(worker)
-        _kill(self._inbox)
+        """Kill everything at once. Nothing is asked to finish, and what still ran has not failed."""
+        for actor in [*(worker.actor for worker in self._workers), self._inbox]:
+            _kill(actor)
 
     def _over(self) -> bool:
         if self._board.stopped is not None:
@@ -254,35 +256,37 @@ class Pool:
 
     def _gone(self, worker: _Worker, error: RayError) -> None:
         """The process is dead, alone or with its node."""
-        kind = self._kind_of_death(worker, error)
+        kind = kind_of_death(worker.hello, error)
         if worker.task is not None:
-            self._read_inbox(wait_s=GET_S)  # the stage in which it died may still lie there
+            self._empty_inbox()  # the stage in which it died may still lie there
             task, worker.task = worker.task, None
-            self._board.lost(worker.name, task, worker.place, kind, one_line(error), str(error))
+            self._board.lost(worker.name, task, worker.place, kind, cause_of_death(error), str(error))
             self._dismiss(worker)
-        elif worker.hello is None and kind in (Failure.WORKER_DIED, Failure.OOM):
-            self._refuse(worker, QfarmError(f"a worker died while it started: {one_line(error)}"), final=False)
+        elif worker.hello is None and NODE_DIED not in str(error):
+            reason = QfarmError(f"a worker died while it started: {cause_of_death(error)}")
+            self._refuse(worker, reason, final=False)
         else:
             self._dismiss(worker)
 
-    def _kind_of_death(self, worker: _Worker, error: RayError | None) -> Failure:
-        if isinstance(error, OutOfMemoryError):
-            return Failure.OOM
-        if getattr(error, "preempted", False):
-            return Failure.PREEMPTED
-        node_id = worker.hello.node_id if worker.hello else None
-        node = next((node for node in ray.nodes() if node["NodeID"] == node_id), None)
-        if node is None or node["Alive"]:
-            return Failure.WORKER_DIED
-        return Failure.PREEMPTED if node["DeathReason"] in PREEMPTION_REASONS else Failure.NODE_DIED
+    def _read_inbox(self) -> None:
+        """Pass on messages that have come; ask for more once per poll."""
+        if self._letters is None and time.monotonic() >= self._read_at:
+            self._ask_inbox()
+        self._receive(wait_s=0.0)
 
-    def _read_inbox(self, wait_s: float) -> None:
-        """Pass on the messages that have come; ask for more once per poll, or now if we are ready to wait."""
-        now = time.monotonic()
-        if self._deaf:
-            return
-        if self._letters is None and (wait_s or now >= self._read_at):
-            self._letters, self._read_at = self._inbox.take.remote(), now + self._settings.poll_s
+    def _empty_inbox(self) -> None:
+        """Pass on everything that lies there now."""
+        self._receive(wait_s=EMPTY_S)  # asked for before now, so perhaps not all
+        if self._letters is None:
+            self._ask_inbox()
+            self._receive(wait_s=EMPTY_S)
+
+    def _ask_inbox(self) -> None:
+        if not self._deaf:
+            self._letters = self._inbox.take.remote()
+            self._read_at = time.monotonic() + self._settings.poll_s
+
+    def _receive(self, wait_s: float) -> None:
         if self._letters is None or not ray.wait([self._letters], timeout=wait_s)[0]:
             return
         letters, self._letters = self._letters, None
@@ -306,7 +310,7 @@ class Pool:
         names = {name for _, name in silent}
         for worker in [worker for worker in self._workers if worker.name in names]:
             assert worker.task is not None
-            kind = self._kind_of_death(worker, None)
+            kind = kind_of_death(worker.hello, None)
             kind = Failure.HUNG if kind is Failure.WORKER_DIED else kind
             task, worker.task = worker.task, None
             text = f"no sign of life for {self._settings.silence_s:g} s"
@@ -324,6 +328,25 @@ class Pool:
             f"still waiting for a first worker with {self._capacity.cpus} CPU(s) and {self._capacity.gpus:g} GPU(s); "
             f"the cluster has {have.get('CPU', 0):g} CPU(s) and {have.get('GPU', 0):g} GPU(s) in all"
         )
+
+
+def kind_of_death(hello: actors.Hello | None, error: RayError | None) -> Failure:
+    """Whether a worker died alone, with its node, or because its node was taken away; `error` is None for silence."""
+    if isinstance(error, OutOfMemoryError):
+        return Failure.OOM
+    if getattr(error, "preempted", False):
+        return Failure.PREEMPTED
+    known = hello.node_id if hello is not None else None
+    node = next((node for node in ray.nodes() if node["NodeID"] == known), None)
+    if node is None or node["Alive"]:
+        return Failure.WORKER_DIED
+    return Failure.PREEMPTED if node["DeathReason"] in PREEMPTION_REASONS else Failure.NODE_DIED
+
+
+def cause_of_death(error: RayError) -> str:
+    """Ray's account in one line, without the ids above it and the guesses after it."""
+    lines = [line for line in str(error).splitlines() if not re.match(r"\t\w+: ", line)]
+    return one_line(" ".join(lines[1:] or lines).partition(" Some common causes")[0])
 
 
 def _kill(actor: Any) -> None:

@@ -21,12 +21,13 @@ Rounding is half to even, arithmetic float32. A group of zeros gets a finite sca
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qfarm.errors import NonFinite
+from qfarm.quantized import UniformWeight
 
 Convention = Literal["restricted", "full_range_offset", "deepspeed"]
 
@@ -121,128 +122,6 @@ class Grid:
         scale, zero = self.fit(grouped)
         codes = self.encode(grouped, scale[..., None], zero[..., None]).reshape(rows, columns)
         return UniformWeight.build(self, codes, scale, zero, solver="rtn")
-
-
-class QuantizedWeight(Protocol):
-    """What a solver returns for one linear layer: codes and metadata; the float weight is derived from it."""
-
-    solver: str  # the solver that made it
-    notes: dict[str, Any]  # figures worth storing: damping used, clipped share, ...
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    @property
-    def bits(self) -> int: ...
-    @property
-    def group_size(self) -> int: ...
-    def dequantize(self) -> Tensor:
-        """The weight [rows, columns] in float32."""
-        ...
-
-    def stored_bytes(self) -> int:
-        """Bytes of `packed()`, computed from shapes alone."""
-        ...
-
-    def packed(self) -> dict[str, Tensor]:
-        """The tensors that go to disk."""
-        ...
-
-    def row_range(self, start: int, stop: int) -> QuantizedWeight:
-        """The same for rows [start, stop), for layers that were solved as one stacked matrix."""
-        ...
-
-
-@dataclasses.dataclass(kw_only=True)
-class UniformWeight:
-    """Codes on a uniform grid. Storage is the bit stream of compressed-tensors' pack-quantized format."""
-
-    codes: Tensor  # uint8 [rows, columns]
-    scale: Tensor  # [rows, groups], storage dtype
-    zero: Tensor | None  # uint8 [rows, groups]; None when symmetric (the zero is then 2^(b-1))
-    bits: int
-    group_size: int
-    g_idx: Tensor | None = None  # int32 [columns], group of each column; None when groups are consecutive columns
-    solver: str = "rtn"
-    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @staticmethod
-    def build(
-        grid: Grid, codes: Tensor, scale: Tensor, zero: Tensor, solver: str, g_idx: Tensor | None = None
-    ) -> UniformWeight:
-        """From float32 codes, scales and zeros as the grid computes them."""
-        return UniformWeight(
-            codes=codes.to(torch.uint8),
-            scale=scale.to(grid.scale_dtype),
-            zero=None if grid.symmetric else zero.to(torch.uint8),
-            bits=grid.bits,
-            group_size=grid.group_size,
-            g_idx=g_idx,
-            solver=solver,
-        )
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.codes.shape[1]
-
-    def dequantize(self) -> Tensor:
-        rows, columns = self.shape
-        zero = torch.full_like(self.scale, 2.0 ** (self.bits - 1)) if self.zero is None else self.zero
-        scale, zero = self.scale.float(), zero.float()
-        if self.g_idx is not None:
-            index = self.g_idx.long()
-            return (self.codes.float() - zero[:, index]) * scale[:, index]
-        grouped = self.codes.float().reshape(rows, scale.shape[1], -1)
-        return ((grouped - zero[..., None]) * scale[..., None]).reshape(rows, columns)
-
-    def stored_bytes(self) -> int:
-        rows, columns = self.shape
-        groups = self.scale.shape[1]
-        total = 4 * rows * packed_words(columns, self.bits) + groups * rows * self.scale.element_size()
-        if self.zero is not None:
-            total += 4 * packed_words(rows, self.bits) * groups
-        if self.g_idx is not None:
-            total += 4 * columns
-        return total
-
-    def packed(self) -> dict[str, Tensor]:
-        tensors = {"weight_packed": pack_bits(self.codes, self.bits), "weight_scale": self.scale}
-        if self.zero is not None:
-            # Zeros are packed along the output rows, as compressed-tensors does.
-            tensors["weight_zero_point"] = pack_bits(self.zero.T.contiguous(), self.bits).T.contiguous()
-        if self.g_idx is not None:
-            tensors["weight_g_idx"] = self.g_idx.to(torch.int32)
-        return tensors
-
-    def row_range(self, start: int, stop: int) -> UniformWeight:
-        zero = None if self.zero is None else self.zero[start:stop]
-        part = dataclasses.replace(self, codes=self.codes[start:stop], scale=self.scale[start:stop], zero=zero)
-        part.notes = dict(self.notes)
-        return part
-
-
-def packed_words(count: int, bits: int) -> int:
-    """32-bit words that hold `count` codes of `bits` bits."""
-    return -(-count * bits // 32)
-
-
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Unsigned codes [rows, n] -> int32 [rows, ceil(n * bits / 32)]; code i fills bits i*b .. i*b+b-1, low end first."""
-    rows, count = codes.shape
-    stream = torch.zeros(rows, packed_words(count, bits) * 32, dtype=torch.uint8, device=codes.device)
-    shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
-    stream[:, : count * bits] = ((codes[:, :, None] >> shifts) & 1).reshape(rows, -1)
-    weights = 2 ** torch.arange(32, dtype=torch.int64, device=codes.device)
-    words = (stream.reshape(rows, -1, 32).long() * weights).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-
-
-def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
-    """Inverse of `pack_bits`: int32 [rows, words] -> uint8 [rows, count]."""
-    rows = words.shape[0]
-    positions = torch.arange(32, device=words.device)
-    stream = ((words.long()[:, :, None] >> positions) & 1).reshape(rows, -1)[:, : count * bits]
-    weights = 2 ** torch.arange(bits, device=words.device)
-    return (stream.reshape(rows, count, bits) * weights).sum(-1).to(torch.uint8)
 
 
 def relative_error(weight: Tensor, quantized: Tensor) -> float:

@@ -19,19 +19,22 @@ import enum
 import importlib
 import importlib.metadata
 import pkgutil
+import reprlib
 from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import pydantic
 
-from qfarm.errors import InvalidInput, JobError, nearest
+from qfarm.errors import InvalidInput, nearest
 
 if TYPE_CHECKING:
     import torch
 
-    from qfarm.calibrate import InputStatistics, Statistic
-    from qfarm.quantizer import Grid, QuantizedWeight
+    from qfarm.inputs import InputStatistics, Statistic
+    from qfarm.quantized import QuantizedWeight
+    from qfarm.quantizer import Grid
+    from qfarm.walk import BlockProblem
 
 # Every method's dataclass: `@dataclass(frozen=True, kw_only=True, config=STRICT)`.
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
@@ -83,11 +86,13 @@ class Method:
 class WeightSolver(Method):
     """Quantizes one linear layer at a time; the walker (qfarm.calibrate) feeds it.
 
-    A solver treats output rows independently, so the walker may stack the rows of layers that share an input.
+    A solver that treats output rows independently is stackable: layers that share an input are handed to it as one
+    matrix.
     """
 
     stage = Stage.WEIGHTS
     claims = frozenset({"weight"})
+    stackable: ClassVar[bool] = True
 
     def statistics(self) -> frozenset[Statistic]:
         """What `quantize_linear` needs to know of the layer's inputs."""
@@ -107,6 +112,37 @@ class WeightSolver(Method):
         raise NotImplementedError
 
 
+class BlockSolver(WeightSolver):
+    """Quantizes the layers of a decoder block together, by gradient or otherwise."""
+
+    @property
+    def needs_text(self) -> bool:
+        return True
+
+    def quantize_block(self, problem: BlockProblem) -> dict[str, QuantizedWeight]:
+        """A quantized weight for each role of `problem.linears`."""
+        raise NotImplementedError
+
+
+class Wrapper(Method):
+    """Adds a term to whatever a weight solver made, layer by layer."""
+
+    stage = Stage.WEIGHTS
+    claims = frozenset({"weight"})
+
+    def statistics(self) -> frozenset[Statistic]:
+        """What `wrap` needs to know of the layer's inputs."""
+        return frozenset()
+
+    @property
+    def needs_text(self) -> bool:
+        return bool(self.statistics())
+
+    def wrap(self, weight: torch.Tensor, quantized: QuantizedWeight, inputs: InputStatistics | None) -> QuantizedWeight:
+        """weight [out, in] float32 is the original one. `inputs` is None when `statistics()` is empty."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Methods in the order of their stages. The empty recipe is the full-precision baseline."""
@@ -121,6 +157,11 @@ class Recipe:
     def solver(self) -> WeightSolver | None:
         """The base weight solver, if the recipe has one."""
         return next((method for method in self.methods if isinstance(method, WeightSolver)), None)
+
+    @property
+    def wrappers(self) -> tuple[Wrapper, ...]:
+        """Terms on top of the weight solver, in the order in which they stand in the chain."""
+        return tuple(method for method in self.methods if isinstance(method, Wrapper))
 
     @property
     def claims(self) -> frozenset[str]:
@@ -177,8 +218,15 @@ def describe(error: pydantic.ValidationError, known: Iterable[str]) -> str:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f'unknown option "{where}"{nearest(where, known)}'
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{where}: {message}, got {first['input']!r}"
+    if first["type"] == "missing":
+        return f'the option "{where}" is missing'
+    return f"{where}: {fault_message(first)}, got {reprlib.repr(first['input'])}"
+
+
+def fault_message(fault: Mapping[str, Any]) -> str:
+    """Pydantic's words for one fault, as the middle of a sentence."""
+    message: str = fault["msg"]
+    return message[0].lower() + message[1:]
 
 
 def parse_recipe(entry: object) -> Recipe:
@@ -189,24 +237,28 @@ def parse_recipe(entry: object) -> Recipe:
         chain, options = entry, {}
     elif isinstance(entry, Mapping) and len(entry) == 1:
         chain, options = next(iter(entry.items()))
-        options = options or {}
     else:
-        raise InvalidInput(f"expected a method name or {{name: options}}, got {entry!r}")
-    if not isinstance(options, Mapping):
-        raise InvalidInput(f"{chain}: options are a mapping, got {options!r}")
+        raise InvalidInput(f"expected a method name or {{name: options}}, got {reprlib.repr(entry)}")
     names = [part.strip() for part in str(chain).split("+")]
+    given = _mapping(str(chain), options)
     if len(names) > 1:
-        stray = sorted(set(map(str, options)) - set(names))
+        stray = sorted(set(map(str, given)) - set(names))
         if stray:
             raise InvalidInput(f'{chain}: options of a chain stand under its methods\' names, got "{stray[0]}"')
-    methods = [build_method(n, options.get(n) or {} if len(names) > 1 else options) for n in names]
+        methods = [build_method(name, _mapping(f"{chain}: {name}", given.get(name))) for name in names]
+    else:
+        methods = [build_method(names[0], given)]
     if len(set(names)) < len(names):
         raise InvalidInput(f"{chain}: a method stands twice")
     solvers = [m.name for m in methods if isinstance(m, WeightSolver)]
     if len(solvers) > 1:
         raise InvalidInput(f"{chain}: {' and '.join(solvers)} both quantize weights; a recipe has one weight solver")
-    return Recipe(tuple(sorted(methods, key=lambda method: method.stage)))
+    return Recipe(tuple(sorted(methods, key=lambda method: (method.stage, isinstance(method, Wrapper)))))
 
 
-def with_location(where: str, error: InvalidInput) -> JobError:
-    return JobError(f"{where}: {error}")
+def _mapping(what: str, options: object) -> Mapping[str, Any]:
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise InvalidInput(f"{what}: options are a mapping, got {reprlib.repr(options)}")
+    return options

@@ -175,4 +175,12 @@ def to_table(table: str, rows: Iterable[Any]) -> pa.Table:
     for row in rows:
         for name, values in columns.items():
             values.append(getattr(row, name))
-    return pa.table(columns, schema=target)
+    try:
+        return pa.table(columns, schema=target)
+    except UnicodeEncodeError:
+        # An error message may quote a file name that is not UTF-8; a failure must be recorded all the same.
+        return pa.table({name: [_encodable(v) for v in values] for name, values in columns.items()}, schema=target)
+
+
+def _encodable(value: Any) -> Any:
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value

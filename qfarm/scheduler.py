@@ -250,6 +250,13 @@ class Scheduler:
         heapq.heappush(self._backoff, (now + delay, item.order, item))
         return delay
 
+    def returned(self, cell_id: str, worker: str) -> None:
+        """The attempt ended for a reason that is not the cell's, and counts as if it had not been."""
+        item = self._running(cell_id, worker)
+        item.number -= 1
+        self._release(item)
+        self._change(item, State.READY)
+
     def lost(self, worker: str, now: float, preempted: bool) -> list[tuple[str, float | None]]:
         """The worker is gone: (cell_id, seconds until the retry or None) of each cell that it held."""
         kind = Failure.PREEMPTED if preempted else Failure.WORKER_DIED

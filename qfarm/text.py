@@ -16,6 +16,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -117,10 +118,10 @@ def _rows(source: _HubSet, data: str | None, name: str) -> list[str]:
 
 
 def missing(source: _HubSet, name: str, error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return (
         f'text "{name}" ({source.path}, {source.name}, {source.split}) is neither in a data pack nor to be had from '
-        f"the hub ({line}); give a pack with --data DIR or QFARM_DATA, or use text: python-docs, which is built in"
+        f"the hub ({_in_short(error)}); give a pack with --data DIR or QFARM_DATA, or use text: python-docs, which is "
+        "built in"
     )
 
 
@@ -140,11 +141,18 @@ def _pack_file(source: _HubSet, data: str | None) -> Path | None:
                 if not path.is_file():
                     raise DataError(f"{index}: {path} is missing")
                 return path
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{data}: no data pack (pack.yaml is missing)") from None
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise DataError(f"{index}: not a valid index of a data pack: {error!r}") from None
+    except OSError as error:
+        raise DataError(f"{index}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{index}: not a valid index of a data pack ({_in_short(error)})") from None
     return None
+
+
+def _in_short(error: Exception) -> str:
+    """Kind and message of a foreign error on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 def _read_rows(path: Path) -> list[str]:
@@ -153,12 +161,17 @@ def _read_rows(path: Path) -> list[str]:
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            return [str(row) for row in pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()]
-        # Lines end with \n only: str.splitlines would also cut at the separators that JSON leaves unescaped.
-        lines = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line)["text"] for line in lines if line.strip()]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: cannot read its text column: {error}") from None
+            rows: list[Any] = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
+        else:
+            # Lines end with \n only: str.splitlines would also cut at the separators that JSON leaves unescaped.
+            lines = path.read_text(encoding="utf-8").split("\n")
+            rows = [json.loads(line)["text"] for line in lines if line.strip()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: cannot read its text column: {_in_short(error)}") from None
+    for index, row in enumerate(rows):
+        if not isinstance(row, str):
+            raise DataError(f"{path}: row {index}: text is {row!r}, not a string")
+    return rows
 
 
 def _hub_identity(source: _HubSet) -> str:
@@ -181,10 +194,16 @@ def _hub_identity(source: _HubSet) -> str:
 
 
 def _articles(text: str) -> tuple[str, ...]:
-    """Cut WikiText's running text before each top-level heading, ' = Title = '."""
-    starts = [match.start() for match in re.finditer(r"^ = [^=\n].*[^=\n] = *$", text, flags=re.MULTILINE)]
+    """Cut WikiText's running text before each top-level heading, ' = Title = '.
+
+    A heading is followed by a blank row; lines of formulas such as ' = 1 henry and capacitance C = ' are not.
+    """
+    heading = r"^ = [^=\n](?:.*[^=\n])? = *(?=\n{4})"
+    starts = [match.start() for match in re.finditer(heading, text, flags=re.MULTILINE)]
+    if starts and not text[: starts[0]].strip():
+        starts[0] = 0  # blank rows before the first article are no article
     edges = sorted({0, *starts, len(text)})
-    return tuple(text[a:b] for a, b in zip(edges, edges[1:], strict=False))
+    return tuple(text[a:b] for a, b in itertools.pairwise(edges))
 
 
 @functools.cache

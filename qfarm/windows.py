@@ -41,8 +41,8 @@ class Windows:
 
     @property
     def digest(self) -> str:
-        """Hash of the token ids."""
-        return _hash(self.ids.numpy())
+        """Hash of the token ids and of how they are cut into windows."""
+        return _hash(f"{list(self.ids.shape)} {_hash(self.ids.numpy())}")
 
 
 def _hash(data: Any) -> str:
@@ -64,7 +64,8 @@ def _stream_windows(text: Text, tokenizer: Any, length: int, limit: int | None) 
     if not count:
         raise DataError(f"{text.name}: {len(ids)} tokens, fewer than one window of {length}")
     count = min(count, limit or count)
-    starts = np.asarray([start for start, _ in encoded["offset_mapping"][: count * length]])
+    # Monotone, because a special token at the end has offset 0.
+    starts = np.maximum.accumulate([start for start, _ in encoded["offset_mapping"][: count * length]])
     ends = np.cumsum([len(document) for document in text.documents])
     owner = np.searchsorted(ends, starts, side="right").reshape(count, length)
     clusters = [_hash(document) for document in text.documents]
@@ -98,8 +99,8 @@ def calibration_windows(text: Text, tokenizer: Any, samples: int, length: int, s
         draw = _Draw(text, tokenizer, length, generator)
         return torch.from_numpy(np.stack([draw.document_window()[0] for _ in range(samples)]))
     ids = np.asarray(tokenizer("".join(text.documents), verbose=False)["input_ids"], dtype=np.int64)
-    if len(ids) <= length + 1:
-        raise DataError(f"{text.name}: {len(ids)} calibration tokens, fewer than a sample of {length}")
+    if len(ids) <= length:
+        raise DataError(f"{text.name}: {len(ids)} calibration tokens, no more than one sample of {length}")
     starts = [generator.randint(0, len(ids) - length - 1) for _ in range(samples)]
     return torch.from_numpy(np.stack([ids[start : start + length] for start in starts]))
 
@@ -113,7 +114,7 @@ class _Draw:
 
     def document_window(self) -> tuple[Any, int]:
         """Token ids [length] and the document's index."""
-        for _ in range(DRAW_LIMIT):
+        for _ in range(DRAW_LIMIT if self.text.documents else 0):
             index = self.generator.randint(0, len(self.text.documents) - 1)
             if index not in self.tokens:
                 ids = np.asarray(self.tokenizer(self.text.documents[index], verbose=False)["input_ids"], dtype=np.int64)

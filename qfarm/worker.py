@@ -28,7 +28,7 @@ from qfarm.plan import EvaluationSpec, Outcome, Task
 from qfarm.quantizer import Grid
 from qfarm.recipe import Recipe, WeightSolver, build_method
 from qfarm.record import AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow
-from qfarm.scheme import UNTOUCHED, Scheme, parse_scheme
+from qfarm.scheme import UNTOUCHED, parse_scheme
 from qfarm.store import Store
 from qfarm.text import load_text
 from qfarm.windows import Windows, calibration_windows, evaluation_windows
@@ -215,12 +215,17 @@ def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> lis
             bits=bits, group_size=cell.group_size, symmetric=cell.symmetric, scale_dtype=DTYPES[cell.scale_dtype]
         )
 
-    windows = session.calibration() if solver.needs_text and "weight" in scheme.sites else None
-    sequential = cell.statistics == "sequential"
-    if scheme == Scheme():
-        solver = build_method("rtn", {})  # the baseline: every layer is listed as left alone
-        assert isinstance(solver, WeightSolver)
-    return quantize_weights(session.loaded, solver, grid_of, windows, sequential=sequential, report=progress)
+    # The baseline and schemes that leave weights alone pass here too: every layer is listed with its reason.
+    return quantize_weights(
+        session.loaded,
+        solver,
+        grid_of,
+        session.calibration() if cell.calibration else None,
+        sequential=cell.statistics == "sequential",
+        report=progress,
+        wrappers=recipe.wrappers,
+        seed=cell.seed or 0,
+    )
 
 
 def cell_row(task: Task, session: Session, layers: list[LayerResult]) -> CellRow:

@@ -38,6 +38,21 @@ def pack() -> str:
     return str(PACK)
 
 
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No model and no data set of the hub can be had, whatever this machine has cached."""
+    import datasets
+    import huggingface_hub
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("no network in tests")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+
+
 def save_tiny(folder: Path, family: str, **changes: Any) -> Path:
     """A random model with two blocks and a byte-like tokenizer, saved as a checkpoint."""
     import torch

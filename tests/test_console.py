@@ -168,14 +168,23 @@ def test_time_left_counts_workers_and_what_has_begun():
     assert "about 4m 45s left" in watch(finished(two, seconds=90.0, worker="worker-1"))[0]
 
 
-def test_lost_and_idle_workers_are_not_counted_on():
+@pytest.mark.parametrize(
+    ("kind", "before", "left"),
+    [
+        (Failure.OOM, 55, "1m 30s"),  # the worker lives on
+        (Failure.OOM, 5, "3m 00s"),  # it has had nothing to do for long
+        (Failure.NODE_DIED, 55, "3m 00s"),
+    ],
+)
+def test_lost_and_idle_workers_are_not_counted_on(kind, before, left):
     watch = Watch()
     one, two = cell("rtn"), cell("gptq")
     watch(job(cells=4), started(one), started(two, "worker-1"))
-    (line,) = watch(failed(two, retry_in=0.0, kind=Failure.NODE_DIED, worker="worker-1"))
+    watch.clock.now += before
+    (line,) = watch(failed(two, retry_in=0.0, kind=kind, worker="worker-1"))
     assert line.endswith("(attempt 1, retry in 0.0s)")
-    watch.clock.now += 60
-    assert "about 3m 00s left" in watch(finished(one))[0]
+    watch.clock.now += 60 - before
+    assert f"about {left} left" in watch(finished(one))[0]
 
 
 def test_nothing_is_left_at_the_end():
@@ -254,7 +263,7 @@ def test_live_view_shows_running_and_finished_cells():
     assert lines[1].split() == "gptq w4 g128 · Tiny-135M quantize 12/30 worker-1 1m 00s".split()
     assert lines[2].startswith("rtn w4 g128 · Tiny-135M: perplexity wikitext2 2048 18.05, 4.156 bits")
     watch(JobEnded(finished=1, failed=0, interrupted=True, seconds=60))
-    assert "gptq" not in frame(watch)
+    assert "gptq" not in frame(watch) and "left" not in frame(watch)
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])

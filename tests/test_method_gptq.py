@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qfarm.calibrate import Collector, InputStatistics, Statistic
 from qfarm.errors import NonFinite
+from qfarm.inputs import Collector, InputStatistics, Statistic
 from qfarm.methods.gptq import GPTQ, column_order, gptq
-from qfarm.quantizer import Grid, UniformWeight
+from qfarm.quantized import UniformWeight
+from qfarm.quantizer import Grid
 from qfarm.solver import Factor, factorise
 
 FINE = {"scale_dtype": torch.float32}
@@ -26,7 +27,9 @@ def correlated(n: int, seed: int, tokens: int = 512) -> Tensor:
     return x.T @ x / tokens
 
 
-def run(weight: Tensor, hessian: Tensor, grid: Grid, damping: float = 0.01, leaf: int = 32, **options: Any) -> UniformWeight:
+def run(
+    weight: Tensor, hessian: Tensor, grid: Grid, damping: float = 0.01, leaf: int = 32, **options: Any
+) -> UniformWeight:
     method = GPTQ(**options).resolve(grid.group_size)
     order = column_order(hessian.diagonal(), grid.group_size, method)
     return gptq(weight, factorise(hessian, order, damping, 0.01), grid, method, leaf=leaf)

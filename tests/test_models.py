@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qfarm.calibrate import _capture
 from qfarm.errors import NonFinite
 from qfarm.models.load import LoadedModel, load
 from qfarm.models.reference import resolve
+from qfarm.walk import capture
 from tests.conftest import TINY, save_tiny
 
 
@@ -56,7 +56,7 @@ def test_replaying_blocks_reproduces_the_model(tiny_models: dict[str, Path], fam
     """What calibration walks through is what the model computes, to the bit."""
     model = loaded(tiny_models[family])
     ids = torch.arange(96).reshape(2, 48)
-    hidden, keywords = _capture(model, ids)
+    hidden, keywords = capture(model, ids)
     for block, options in zip(model.blocks, keywords, strict=True):
         out = block(hidden, **options)
         hidden = out[0] if isinstance(out, tuple) else out
@@ -75,7 +75,7 @@ def test_mixed_attention_kinds_are_captured_per_block(tmp_path: Path) -> None:
     }
     model = loaded(save_tiny(tmp_path, "qwen2", **changes))
     ids = torch.arange(64)[None]
-    hidden, keywords = _capture(model, ids)
+    hidden, keywords = capture(model, ids)
     for block, options in zip(model.blocks, keywords, strict=True):
         out = block(hidden, **options)
         hidden = out[0] if isinstance(out, tuple) else out

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qfarm.errors import NonFinite
-from qfarm.quantizer import Grid, UniformWeight, pack_bits, packed_words, relative_error, unpack_bits
+from qfarm.quantized import UniformWeight, pack_bits, packed_words, unpack_bits
+from qfarm.quantizer import Grid, relative_error
 
 EXACT = torch.float32
 

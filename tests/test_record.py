@@ -108,3 +108,8 @@ def test_a_value_of_another_type_is_refused() -> None:
     row = dataclasses.replace(sample("cells", nulls=False), group_size="128")
     with pytest.raises((pa.ArrowInvalid, pa.ArrowTypeError)):
         record.to_table("cells", [row])
+
+
+def test_text_that_is_not_utf_8_does_not_lose_the_row() -> None:
+    row = dataclasses.replace(sample("attempts", nulls=False), error="no file \udcff here")
+    assert record.to_table("attempts", [row])["error"].to_pylist() == ["no file ? here"]

@@ -508,6 +508,22 @@ def test_a_manifest_that_vanishes_while_reading_is_passed_over(store: Store, mon
     assert store.read("cells")["cell_id"].to_pylist() == ["c1"]
 
 
+def test_a_manifest_that_cannot_be_read_is_an_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows what it names, so a table without its rows would be wrong."""
+    fill(store)
+    read = LocalFolder.read
+
+    def fail(self: LocalFolder, path: str) -> bytes:
+        if path == "manifests/cell/c1.json":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, path)
+
+    monkeypatch.setattr(LocalFolder, "read", fail)
+    with pytest.raises(StoreError, match=r"c1\.json: cannot be read: Input/output error"):
+        store.read("cells")
+    assert "c1.json: cannot be read: Input/output error" in store.check()[0]
+
+
 @pytest.mark.parametrize("before", ["manifests/", "parts/layers/", "os.link"])
 def test_a_killed_writer_leaves_a_readable_store(store: Store, before: str) -> None:
     """Killed between part and manifest, between two parts, and after writing aside."""
@@ -782,7 +798,9 @@ def test_files_left_aside_and_strangers(store: Store) -> None:
     ]
     for name in strange:
         (root / name).write_bytes(b"{}")
-    assert [fault.split(": ")[0] for fault in store.check()] == [f"{root}/{name}" for name in strange]
+    faults = store.check()
+    assert [fault.split(": ")[0] for fault in faults] == [f"{root}/{name}" for name in strange]
+    assert "never published" in faults[0]
     assert store.finished_cells() == {"c1"}
     assert store.finished_evaluations() == {("c1", "e1")}
     assert store.read("cells").num_rows == 1

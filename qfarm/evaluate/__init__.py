@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -103,4 +104,4 @@ def parse_evaluation(entry: object) -> Evaluator:
         name, options = next(iter(entry.items()))
         if options is None or isinstance(options, Mapping):
             return build_evaluator(str(name), options or {})
-    raise InvalidInput(f"expected an evaluation's name or {{name: options}}, got {entry!r}")
+    raise InvalidInput(f"expected an evaluation's name or {{name: options}}, got {reprlib.repr(entry)}")

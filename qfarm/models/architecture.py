@@ -7,7 +7,7 @@ q, k, v, o and, in the MLP, gate, up, down (OPT's fc1 is up, its fc2 down).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from qfarm.errors import ModelError
@@ -72,23 +72,30 @@ def architecture_of(config: Config, reference: str) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
+def _size(config: Config, key: str, reference: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ModelError(f"{reference}: the configuration's {key} is {value!r}, not a positive number")
+    return value
+
+
 def linear_shapes(config: Config, reference: str) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of each role's layer in one decoder block."""
+    """(outputs, inputs) of each role's layer in one decoder block. Raises ModelError if they cannot be known."""
     architecture = architecture_of(config, reference)
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    hidden, heads = (_size(config, key, reference) for key in ("hidden_size", "num_attention_heads"))
+    mlp = _size(config, architecture.mlp_size, reference)
     head = config.get("head_dim") or hidden // heads
     kv = config.get("num_key_value_heads") or heads
-    mlp = config[architecture.mlp_size]
-    shape: dict[str, Callable[[], tuple[int, int]]] = {
-        "q": lambda: (heads * head, hidden),
-        "k": lambda: (kv * head, hidden),
-        "v": lambda: (kv * head, hidden),
-        "o": lambda: (hidden, heads * head),
-        "gate": lambda: (mlp, hidden),
-        "up": lambda: (mlp, hidden),
-        "down": lambda: (hidden, mlp),
+    shapes = {
+        "q": (heads * head, hidden),
+        "k": (kv * head, hidden),
+        "v": (kv * head, hidden),
+        "o": (hidden, heads * head),
+        "gate": (mlp, hidden),
+        "up": (mlp, hidden),
+        "down": (hidden, mlp),
     }
-    return {role: shape[role]() for role in architecture.roles}
+    return {role: shapes[role] for role in architecture.roles}
 
 
 def parameter_counts(config: Config, reference: str) -> tuple[int, int]:
@@ -97,4 +104,5 @@ def parameter_counts(config: Config, reference: str) -> tuple[int, int]:
     # OPT-350m embeds into a narrower space than its hidden size.
     width = config.get("word_embed_proj_dim") or config["hidden_size"]
     tables = 1 if config.get("tie_word_embeddings", config.get("model_type") == "opt") else 2
-    return per_block * config["num_hidden_layers"], tables * config["vocab_size"] * width
+    blocks, vocabulary = (_size(config, key, reference) for key in ("num_hidden_layers", "vocab_size"))
+    return per_block * blocks, tables * vocabulary * width

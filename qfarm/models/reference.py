@@ -26,10 +26,10 @@ import yaml
 
 from qfarm import cache
 from qfarm.errors import ModelError, QfarmError, Unavailable
-from qfarm.models.architecture import architecture_of, linear_shapes, parameter_counts
+from qfarm.models.architecture import linear_shapes, parameter_counts
 
 _PYPI = re.compile(
-    r"pypi:(?P<package>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.!+_-]+)(#sha256=(?P<hash>[0-9a-f]{64}))?"
+    r"pypi:(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)(#sha256=(?P<hash>[0-9a-f]{64}))?"
 )
 _HUB = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 PROVISIONAL = "provisional:"
@@ -75,7 +75,7 @@ def resolve(reference: str, *, allow_provisional: bool = False) -> ModelFacts:
         if not path.is_file():
             raise ModelError(f"{reference}: no such GGUF file")
         return _from_gguf(reference, path)
-    if path.is_dir():
+    if reference and path.is_dir():  # the empty path is the current folder
         return _from_folder(reference, path)
     if not _HUB.fullmatch(reference) or reference.startswith("."):
         raise ModelError(
@@ -87,7 +87,7 @@ def resolve(reference: str, *, allow_provisional: bool = False) -> ModelFacts:
 def _facts(
     reference: str, location: str, revision: str | None, fingerprint: str, tokenizer: str, config: Any
 ) -> ModelFacts:
-    architecture_of(config, reference)
+    parameter_counts(config, reference)  # refuses what cannot be described
     return ModelFacts(
         reference=reference,
         location=location,
@@ -101,8 +101,9 @@ def _facts(
 def _read_config(path: Path, reference: str) -> Any:
     try:
         config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ModelError(f"{reference}: {path.name} is missing") from None
+    except OSError as error:
+        problem = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise ModelError(f"{reference}: {path.name} {problem}") from None
     except ValueError as error:
         raise ModelError(f"{reference}: {path.name} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
@@ -223,7 +224,9 @@ def _from_hub(reference: str, allow_provisional: bool) -> ModelFacts:
     except Exception as error:  # the hub's client raises many kinds, among them its HTTP library's own
         failure = unreachable(reference, error)
         known = known_models().get(name)
-        if isinstance(failure, Unavailable) and allow_provisional and known:
+        # A gated model can be planned before its licence is accepted.
+        closed = isinstance(failure, Unavailable) or "GatedRepoError" in _kinds(error)
+        if closed and allow_provisional and known:
             identity = f"{PROVISIONAL}{name}@{revision or 'main'}"
             return _facts(reference, name, revision, identity, identity, known)
         raise failure from error
@@ -243,14 +246,21 @@ def _hub_config(name: str, revision: str | None) -> tuple[str, Any]:
 def unreachable(reference: str, error: Exception) -> QfarmError:
     """ModelError when asking again cannot help, Unavailable when it may."""
     kind, line = type(error).__name__, _first_line(error)
-    chain = {type(e).__name__ for e in (error, error.__cause__, error.__context__) if e}
-    if "GatedRepoError" in chain:
+    kinds = _kinds(error)
+    if "GatedRepoError" in kinds:
         return ModelError(f"{reference}: the model is gated; accept its licence on the hub and set HF_TOKEN")
-    if "RepositoryNotFoundError" in chain or "RevisionNotFoundError" in chain:
+    if kinds & {"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"}:
         return ModelError(f"{reference}: no such model or revision on the hub (a private one needs HF_TOKEN)")
+    if "RemoteEntryNotFoundError" in kinds:
+        return ModelError(f"{reference}: the repository lacks a file that a model needs ({line})")
     return Unavailable(
         f"{reference}: the model is not in the local cache and the hub cannot be reached ({kind}: {line})"
     )
+
+
+def _kinds(error: BaseException) -> set[str]:
+    """Names of the exception and of those that led to it: what a library raises says little, its cause more."""
+    return {type(e).__name__ for e in (error, error.__cause__, error.__context__) if e}
 
 
 def _first_line(error: Exception) -> str:

@@ -170,22 +170,16 @@ def _table(
     fingerprint, eval_id = key
     members = sorted((cells[cell_id] for cell_id in group), key=sort_key)
     variants = _variants(members)
-    rows = []
-    for cell in members:
-        pairing = pairings.get((cell.cell_id, eval_id), Pairing())
-        attempt = attempts.get(cell.attempt_id)
-        rows.append(
-            Row(
-                cell=cell,
-                variant=variants[cell.cell_id],
-                metrics={metric.metric: metric for metric in group[cell.cell_id]},
-                difference=pairing.difference,
-                remark=pairing.remark,
-                adjusted_p=None,
-                wall_s=attempt.wall_s if attempt else None,
-                notes=tuple(map(str, parsed(attempt.notes, []))) if attempt else (),
-            )
+    rows = [
+        _row(
+            cell,
+            variants[cell.cell_id],
+            group[cell.cell_id],
+            attempts.get(cell.attempt_id),
+            pairings.get((cell.cell_id, eval_id), Pairing()),
         )
+        for cell in members
+    ]
     first = group[members[0].cell_id][0]
     return Table(
         model=members[0].model,
@@ -195,6 +189,19 @@ def _table(
         protocol=parsed(first.protocol, {}),
         rows=tuple(_adjusted(rows)),
         remarks=() if rows[0].is_baseline else ("no baseline was measured under this protocol",),
+    )
+
+
+def _row(cell: CellRow, variant: str, metrics: Sequence[MetricRow], attempt: Attempt | None, pairing: Pairing) -> Row:
+    return Row(
+        cell=cell,
+        variant=variant,
+        metrics={metric.metric: metric for metric in metrics},
+        difference=pairing.difference,
+        remark=pairing.remark,
+        adjusted_p=None,
+        wall_s=attempt.wall_s if attempt else None,
+        notes=tuple(map(str, parsed(attempt.notes, []))) if attempt else (),
     )
 
 

@@ -1,0 +1,211 @@
+"""Remote: submits qfarm itself as a Ray job to the head of a cluster, and follows it from here.
+
+The working directory travels along. It is looked through first, because Ray packs links by following them, leaves out
+broken ones without a word, and learns only after packing that the result is too large.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import sys
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qfarm.cluster import answers, process_environment, token_line
+from qfarm.errors import InvalidInput, Unavailable
+
+logger = logging.getLogger(__name__)
+
+MAX_UPLOAD_BYTES = 100 * 2**20  # Ray's DASHBOARD_CLIENT_MAX_SIZE, a constant of its job server
+NAMED_FILES = 5  # of the largest, when it is too much
+END_S = 10.0  # for the status to follow the end of the logs
+INTERRUPTED = 130
+
+
+def submit(
+    address: str,
+    argv: Sequence[str],
+    working_dir: Path,
+    *,
+    detach: bool = False,
+    submission_id: str,
+    write: Callable[[str], object] = sys.stdout.write,
+) -> int:
+    """Run `python -m qfarm ARGV...` on the cluster whose job server is at `address`; returns the driver's exit code.
+
+    Follows the log until the job ends, or returns 0 at once with `detach`. The job belongs to the cluster: an interrupt
+    here leaves it running. Raises InvalidInput for what cannot be sent or is refused, Unavailable when the connection
+    is lost on the way.
+    """
+    check_upload(working_dir)
+    client = _client(address)
+    _refuse_known(client, address, submission_id)
+    entrypoint = shlex.join(["python", "-m", "qfarm", *_without_address(argv)])
+    try:
+        client.submit_job(
+            entrypoint=entrypoint,
+            submission_id=submission_id,
+            # Unbuffered, since its log is followed from here.
+            runtime_env={"working_dir": str(working_dir), "env_vars": {"PYTHONUNBUFFERED": "1"}},
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InvalidInput(f"{address}: the job was not accepted: {_last_line(error)}") from None
+    hint = f"ray job logs --address {address} --follow {submission_id}"
+    if detach:
+        write(f"submitted as {submission_id}; follow it with: {hint}\n")
+        return 0
+    try:
+        asyncio.run(_follow(client, submission_id, write))
+        return _exit_code(client, submission_id)
+    except KeyboardInterrupt:
+        write(f"\nthe job goes on; follow it with: {hint}\n")
+        return INTERRUPTED
+    except (RuntimeError, OSError) as error:
+        raise Unavailable(
+            f"{address}: lost the connection ({_last_line(error)}); the job may go on, follow it with: {hint}"
+        ) from None
+
+
+def require_shared_store(store: str) -> None:
+    """Refuse a relative store: the job runs in a folder of the cluster that is deleted later. Raises InvalidInput."""
+    if urllib.parse.urlsplit(store).scheme or os.path.isabs(store):
+        return
+    raise InvalidInput(
+        f'store: "{store}" is relative, and the job does not run on this machine; '
+        "give an absolute path that all machines of the cluster share, or a URL such as s3://bucket/folder"
+    )
+
+
+def check_upload(folder: Path) -> None:
+    """Refuse what Ray would pack badly: broken links, links that lead back to their own parents, too many bytes.
+
+    What .gitignore and .rayignore leave out is not looked at, as Ray does not send it. Raises InvalidInput.
+    """
+    sizes = sorted(((path.stat().st_size, path) for path in _packed_files(folder)), reverse=True)
+    total = sum(size for size, _ in sizes)
+    if total > MAX_UPLOAD_BYTES:
+        largest = ", ".join(f"{path.relative_to(folder)} ({_mib(size)})" for size, path in sizes[:NAMED_FILES])
+        raise InvalidInput(
+            f"{folder}: {_mib(total)} to send, at most {_mib(MAX_UPLOAD_BYTES)} can be; the largest: {largest}; "
+            "name what the job does not need in .rayignore"
+        )
+
+
+def _packed_files(folder: Path) -> Iterator[Path]:
+    from ray._private import ray_constants
+    from ray._private.runtime_env.packaging import _get_excludes
+
+    always = _get_excludes(folder, ray_constants.get_runtime_env_default_excludes())
+    return _walk(folder.absolute(), [always], (os.path.realpath(folder),))
+
+
+def _walk(folder: Path, excludes: list[Any], parents: tuple[str, ...]) -> Iterator[Path]:
+    """Files below a folder, links followed, without what the ignore files on the way exclude."""
+    from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+
+    # An ignore file binds its own folder and what lies below.
+    excludes = excludes + get_excludes_from_ignore_files(folder, include_gitignore=True, logger=logger)
+    for path in sorted(folder.iterdir()):
+        if any(exclude(path) for exclude in excludes):
+            continue
+        if path.is_symlink() and not path.exists():
+            raise InvalidInput(f"{path}: a link to {os.readlink(path)}, which is not there; remove it or fix it")
+        if path.is_dir():
+            real = os.path.realpath(path)
+            if real in parents:
+                link = next(place for place in (path, *path.parents) if place.is_symlink())
+                raise InvalidInput(f"{link}: a link to {os.readlink(link)} leads back to where it is; remove it")
+            yield from _walk(path, excludes, (*parents, real))
+        elif path.is_file():
+            yield path
+
+
+def _client(address: str) -> Any:
+    try:
+        import aiohttp  # noqa: F401  # of ray[default], as are requests and the client itself
+        import requests
+        from ray.exceptions import AuthenticationError
+        from ray.job_submission import JobSubmissionClient
+    except ImportError:
+        raise InvalidInput(
+            f"{address}: submitting to a cluster needs ray[default]; run: pip install 'qfarm[cluster]'"
+        ) from None
+    parts = urllib.parse.urlsplit(address)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    unreachable = f"{address}: no Ray job server answers there; is the cluster up and its port reachable?"
+    # Without this look, packets that vanish are waited for during minutes.
+    if not answers(parts.hostname or "", port):
+        raise InvalidInput(unreachable)
+    try:
+        # Ray lets these variables override the address that it is given.
+        with process_environment({"RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}):
+            return JobSubmissionClient(address.rstrip("/"))
+    except AuthenticationError:
+        # Ray's own text runs over several lines; which token and which mode is what helps.
+        raise InvalidInput(f"{address}: the cluster refuses our token; {token_line(os.environ)}") from None
+    except (ConnectionError, requests.exceptions.ConnectionError):
+        raise InvalidInput(unreachable) from None
+    except (RuntimeError, ValueError, KeyError, requests.exceptions.RequestException) as error:
+        raise InvalidInput(f"{address}: this is no Ray job server: {_last_line(error)}") from None
+
+
+def _refuse_known(client: Any, address: str, submission_id: str) -> None:
+    """Ray answers a used id with a server's traceback."""
+    try:
+        known = client.get_job_info(submission_id)
+    except RuntimeError as error:
+        if "404" in str(error):
+            return
+        raise InvalidInput(f"{address}: {_last_line(error)}") from None
+    raise InvalidInput(
+        f"{address}: a job {submission_id} exists already ({known.status.value.lower()}); submit under another name, "
+        f"or follow it with: ray job logs --address {address} --follow {submission_id}"
+    )
+
+
+def _without_address(argv: Sequence[str]) -> list[str]:
+    """The arguments for the driver there, which runs on the cluster that it is on and must not submit itself again."""
+    kept, skip = [], False
+    for word in argv:
+        if skip or word.startswith("--address="):
+            skip = False
+        elif word == "--address":
+            skip = True
+        else:
+            kept.append(word)
+    return kept
+
+
+async def _follow(client: Any, submission_id: str, write: Callable[[str], object]) -> None:
+    async for text in client.tail_job_logs(submission_id):
+        write(text)
+
+
+def _exit_code(client: Any, submission_id: str) -> int:
+    """The driver's exit code; a signal counts as a shell counts it. 1 when the job ended without a code."""
+    deadline = time.monotonic() + END_S
+    info = client.get_job_info(submission_id)
+    while not info.status.is_terminal() and time.monotonic() < deadline:
+        time.sleep(0.2)
+        info = client.get_job_info(submission_id)
+    if not info.status.is_terminal():
+        raise RuntimeError("its log ended before the job did")
+    code: int | None = info.driver_exit_code
+    if code is None:
+        return 0 if info.status.value == "SUCCEEDED" else 1
+    return code if code >= 0 else 128 - code
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
