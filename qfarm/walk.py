@@ -34,8 +34,9 @@ class BlockProblem:
         """The block's output with other weights in some roles; differentiable in both arguments."""
         names = {id(module): name for name, module in self.block.named_modules()}
         swapped = {f"{names[id(self.linears[role])]}.weight": value for role, value in weights.items()}
-        out = torch.func.functional_call(self.block, swapped, (hidden,), self.keywords)
-        return out[0] if isinstance(out, tuple) else out
+        out: Any = torch.func.functional_call(self.block, swapped, (hidden,), self.keywords)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
 
 
 class _Captured(Exception):
