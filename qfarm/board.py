@@ -104,6 +104,7 @@ class Board:
             attempt_id=uuid.uuid4().hex,
             number=number,
             data=self._data,
+            shrink=self.scheduler.attempt(cell_id).shrink,
         )
         self._running[task.attempt_id] = _Attempt(cell_id=cell_id, started=_utc(), began=now)
         self.emit(Started(cell=cell, attempt=number, worker=worker))
@@ -149,6 +150,8 @@ class Board:
         row = AttemptRow(
             attempt_id=task.attempt_id,
             cell_id=attempt.cell_id,
+            model=task.cell.model,
+            label=task.cell.label,
             job=task.job,
             number=task.number,
             outcome=str(kind),

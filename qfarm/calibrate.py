@@ -20,7 +20,7 @@ from qfarm.models.load import LoadedModel
 from qfarm.quantized import QuantizedWeight
 from qfarm.quantizer import Grid, relative_error
 from qfarm.recipe import BlockSolver, WeightSolver, Wrapper
-from qfarm.walk import BlockProblem, Walk
+from qfarm.walk import BATCH_TOKENS, BlockProblem, Walk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,14 @@ def quantize_weights(
     report: Report,
     wrappers: Sequence[Wrapper] = (),
     seed: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> list[LayerResult]:
     """Quantize every decoder linear of the model in place; windows [samples, length] are token ids.
 
     `windows` may be None when neither the solver nor a wrapper needs statistics. Embeddings, norms, biases and the
     head are untouched.
     """
-    run = _Run(loaded, solver, tuple(wrappers), grid_of, windows, sequential, seed)
+    run = _Run(loaded, solver, tuple(wrappers), grid_of, windows, sequential, seed, batch_tokens)
     results: list[LayerResult] = []
     for index in range(len(loaded.blocks)):
         report(index, len(loaded.blocks))
@@ -83,13 +84,14 @@ class _Run:
         windows: Tensor | None,
         sequential: bool,
         seed: int,
+        batch_tokens: int,
     ) -> None:
         self.loaded, self.solver, self.wrappers, self.grid_of, self.seed = loaded, solver, wrappers, grid_of, seed
         self.wanted = solver.statistics().union(*(wrapper.statistics() for wrapper in wrappers))
         self.sequential = sequential or solver.true_sequential
         self.walk, self.original = None, None
         if windows is not None and (self.wanted or isinstance(solver, BlockSolver)):
-            self.walk = Walk(loaded, windows)
+            self.walk = Walk(loaded, windows, batch_tokens)
             # A block solver aims at what the original block makes of the original inputs.
             if isinstance(solver, BlockSolver) and self.sequential:
                 self.original = self.walk.copy()
@@ -140,8 +142,12 @@ class _Run:
                 results += [_untouched(self.loaded, index, role, linears[role]) for role in roles]
                 continue
             stacked = torch.cat([linears[role].weight.detach().float() for role in roles])
+            rows = tuple((role, linears[role].out_features) for role in roles)
+            # One operator cannot absorb the different factors of layers that are solved apart.
+            foldable = inputs is not None and inputs.foldable and len(together) == 1
+            told = inputs and dataclasses.replace(inputs, roles=rows, foldable=foldable)
             try:
-                whole = self.solver.quantize_linear(stacked, inputs, grid)
+                whole = self.solver.quantize_linear(stacked, told, grid)
             except NonFinite as error:
                 raise NonFinite(f"layer {index} {'/'.join(roles)}: {error}") from None
             start = 0

@@ -6,6 +6,7 @@ cells failed for good, 2 bad input, 130 interrupted.
 
 from __future__ import annotations
 
+import datetime
 import os
 import shutil
 import sys
@@ -17,7 +18,7 @@ import click
 
 import qfarm
 from qfarm import cache
-from qfarm.errors import InvalidInput, QfarmError, StoreError
+from qfarm.errors import InvalidInput, QfarmError, StoreError, nearest
 
 if TYPE_CHECKING:
     from qfarm.job import Job
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = group.main(args=arguments, prog_name="qfarm", standalone_mode=False)
     except click.exceptions.Exit as done:
         code = done.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        code = BAD_INPUT
     except click.ClickException as error:
         print_error(error.format_message())
         code = BAD_INPUT
@@ -52,7 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code or 0)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    """A group that names its commands when it is given another."""
+
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = arguments[0]
+        if self.get_command(context, name) is None:
+            raise InvalidInput(f'unknown command "{name}"{nearest(name, self.list_commands(context))}')
+        return super().resolve_command(context, arguments)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(qfarm.__version__, prog_name="qfarm")
 def group() -> None:
     """Compare LLM quantization methods: a matrix of models, methods and bit widths, every cell measured the same way.
@@ -99,7 +115,8 @@ def submit(job: str, address: str | None, local: bool, only: str | None, detach:
     Submitting the same job again runs only what is missing.
 
     \b
-    Where it runs: --address, else RAY_ADDRESS, else the running cluster of ./cluster.yaml, else a local Ray.
+    Where it runs: --address, else RAY_ADDRESS, else the running cluster of
+    ./cluster.yaml, else a local Ray.
     Examples:
       qfarm submit jobs/quickstart.yaml
       qfarm submit jobs/quickstart.yaml --local --only "gptq w4 g64"
@@ -125,7 +142,8 @@ def _submit_remotely(job: Job, path: str, address: str, only: str | None, detach
 
     remote.require_shared_store(job.file.store)
     arguments = ["submit", path, *(["--only", only] if only else []), *(["--data", data] if data else [])]
-    submission = f"qfarm-{job.file.name}"
+    # Unique, so that the same job can be submitted again to run what is missing.
+    submission = f"qfarm-{job.file.name}-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}"
     return remote.submit(address, arguments, Path.cwd(), detach=detach, submission_id=submission)
 
 
@@ -223,9 +241,14 @@ def show(cell: str, store: str | None) -> None:
     click.echo(show_cell(_open(store or _last_store()), cell, width=_width(), color=_color()), nl=False)
 
 
-@group.group("store")
+@group.group("store", cls=_Group)
 def store_group() -> None:
-    """Look after a results store."""
+    """Look after a results store.
+
+    \b
+    Example:
+      qfarm store check results/quickstart
+    """
 
 
 @store_group.command("check")

@@ -33,6 +33,7 @@ class InputStatistics:
     mean_abs: Tensor | None = None  # float32 [n]: mean of |x| over tokens
     max_abs: Tensor | None = None  # float32 [n]: largest |x|
     foldable: bool = False  # a factor per input column can be absorbed by the operator before this layer
+    roles: tuple[tuple[str, int], ...] = ()  # the layers stacked into one weight, in order: role, rows
 
     def ordinary_error(self, weight: Tensor, quantized: Tensor) -> float:
         """||(W - Q) X||^2 / ||W X||^2 on the sample of ordinary tokens."""

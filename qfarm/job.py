@@ -236,9 +236,9 @@ _NESTED: dict[str, type[pydantic.BaseModel]] = {
 def _first_fault(error: pydantic.ValidationError, where: _Locator) -> str:
     from qfarm.recipe import fault_message
 
-    # A union reports one fault per member; the deepest location says most.
+    # A key that is missing is most likely the one that is misspelt; of a union's faults the deepest says most.
     faults = error.errors()
-    first = max(faults, key=lambda fault: len(fault["loc"]))
+    first = max(faults, key=lambda fault: (fault["type"] == "extra_forbidden", len(fault["loc"])))
     path = _keys(first["loc"])
     owner = next((_NESTED[part] for part in path if part in _NESTED), JobFile)
     last = str(first["loc"][-1])

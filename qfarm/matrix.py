@@ -207,11 +207,16 @@ def _product(block: Block) -> itertools.product[Any]:
 def _matches(match: Match, model: str, recipe: Recipe, scheme: Scheme, group_size: int, seed: int) -> bool:
     return (
         match.model in (None, model)
-        and match.method in (None, recipe.name)
+        and (match.method is None or _parts(match.method) == _parts(recipe.name))
         and (match.bits is None or parse_scheme(match.bits) == scheme)
         and match.group_size in (None, group_size)
         and match.seed in (None, seed)
     )
+
+
+def _parts(chain: str) -> frozenset[str]:
+    """The methods of a chain, which may be written in any order."""
+    return frozenset(part.strip() for part in chain.split("+"))
 
 
 def find_cell(cells: tuple[Cell, ...], text: str) -> Cell:

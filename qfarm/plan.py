@@ -39,6 +39,7 @@ class Task:
     attempt_id: str
     number: int  # 1 is the first try of this submission
     data: str | None  # folder of the data pack
+    shrink: int = 0  # earlier attempts that ran out of memory: batches are halved so often
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

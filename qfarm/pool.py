@@ -12,7 +12,6 @@ import itertools
 import os
 import re
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from qfarm.plan import Outcome, Task
 
 GET_S = 10.0  # to fetch an answer that is there already
+SHORT_S = 0.01  # the shortest sleep
 EMPTY_S = 2.0  # for the inbox to answer
 ASK_AGAIN_S = 1.0  # between two questions to a worker that cannot be reached for the moment
 HEARTBEATS = 6  # that fit into the silence after which a worker counts as hung
@@ -157,7 +157,7 @@ class Pool:
                 worker.task = task
                 worker.answer = worker.actor.run.remote(task)
 
-    def _answered(self) -> Iterator[_Worker]:
+    def _answered(self) -> list[_Worker]:
         """Workers whose answer has come, after a wait of one poll at most."""
         now = time.monotonic()
         for worker in self._workers:
@@ -167,12 +167,12 @@ class Pool:
         waiting = {worker.answer: worker for worker in self._workers if worker.answer is not None}
         if not waiting:
             due = self._board.scheduler.next_due(now)
-            time.sleep(min(self._settings.poll_s, self._settings.poll_s if due is None else due))
-            return iter(())
+            time.sleep(self._settings.poll_s if due is None else min(self._settings.poll_s, max(due, SHORT_S)))
+            return []
         come, _ = ray.wait(list(waiting), timeout=self._settings.poll_s)
         if come:
             come, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
-        return iter([waiting[answer] for answer in come])
+        return [waiting[answer] for answer in come]
 
     def _take(self, worker: _Worker) -> None:
         try:

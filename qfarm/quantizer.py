@@ -75,13 +75,14 @@ class Grid:
             steps = {"restricted": half - 1, "full_range_offset": (2 * half - 1) / 2, "deepspeed": half}[
                 self.convention
             ]
-            scale = self._store(torch.where(empty, torch.ones_like(amax), amax / steps))
+            scale = self.store(torch.where(empty, torch.ones_like(amax), amax / steps))
             return scale, torch.full_like(scale, half)
-        scale = self._store(torch.where(empty, torch.full_like(low, 2.0 / self.top), (high - low) / self.top))
+        scale = self.store(torch.where(empty, torch.full_like(low, 2.0 / self.top), (high - low) / self.top))
         zero = torch.where(empty, torch.full_like(low, round(self.top / 2)), torch.round(-low / scale))
         return scale, zero.clamp(0, self.top)
 
-    def _store(self, scale: Tensor) -> Tensor:
+    def store(self, scale: Tensor) -> Tensor:
+        """A scale as its storage dtype holds it, float32. Raises NonFinite when it does not fit."""
         limits = torch.finfo(self.scale_dtype)
         if (scale > limits.max).any():
             raise NonFinite(f"a scale of {scale.max():.3g} does not fit {self.scale_dtype}; use scale_dtype: float32")

@@ -199,6 +199,8 @@ def lookup(name: str) -> type[Method]:
         raise InvalidInput(f'unknown method "{name}"{nearest(name, method_names())}')
     points = {point.name: point for point in importlib.metadata.entry_points(group="qfarm.methods")}
     module: ModuleType = points[name].load() if name in points else importlib.import_module(f"qfarm.methods.{name}")
+    if module.__name__.rpartition(".")[2] != name:  # a method knows its name from its module
+        raise InvalidInput(f'method "{name}" comes from {points[name].value}, whose last part is another name')
     found: type[Method] = module.METHOD
     return found
 

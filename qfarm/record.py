@@ -56,6 +56,8 @@ class AttemptRow:
 
     attempt_id: str
     cell_id: str
+    model: str
+    label: str = _unit("recipe, scheme, group and seed, for cells that never get a row of their own")
     job: str
     number: int = _unit("1 is the first try of this submission")
     outcome: str = _unit("ok, or the kind of failure")

@@ -54,7 +54,7 @@ def factorise(hessian: Tensor, order: Tensor, damping: float, increment: float) 
     h = h + torch.diag(torch.where(dead, mean, 0.0).to(h.dtype))
     h = h[order][:, order]
     tried = damping
-    while tried < 1:
+    while tried < 1 or tried == damping:
         upper = _upper(h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (tried * mean))
         if upper is not None:
             return Factor(upper=upper.float(), order=order, dead=dead, damping=tried)
@@ -92,14 +92,26 @@ class Solution:
 
 # Gives scale and zero, each [rows], for the group that starts at a position, from its current weights [g, rows].
 FitGroup = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+# Gives codes and values, each [rows], of the column at a position from its current weights, scale and zero.
+RoundColumn = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def solve(weight: Tensor, upper: Tensor, grid: Grid, *, size: int, fit: FitGroup, leaf: int = LEAF) -> Solution:
+def solve(
+    weight: Tensor,
+    upper: Tensor,
+    grid: Grid,
+    *,
+    size: int,
+    fit: FitGroup,
+    leaf: int = LEAF,
+    rounding: RoundColumn | None = None,
+) -> Solution:
     """Quantize weight [rows, n], already in the factor's order.
 
-    `size` is the number of consecutive positions for which `fit` is called once, at their first position.
+    `size` is the number of consecutive positions for which `fit` is called once, at their first position. `rounding`
+    replaces the grid's; scale and zero are then whatever `fit` gives, with rows as their first axis.
     """
-    loop = _Loop(weight.float().T.contiguous(), upper, grid, size, fit, leaf)
+    loop = _Loop(weight.float().T.contiguous(), upper, grid, size, fit, leaf, rounding)
     loop.range(0, weight.shape[1])
     return Solution(
         codes=loop.codes,
@@ -112,8 +124,18 @@ def solve(weight: Tensor, upper: Tensor, grid: Grid, *, size: int, fit: FitGroup
 
 
 class _Loop:
-    def __init__(self, weight: Tensor, upper: Tensor, grid: Grid, size: int, fit: FitGroup, leaf: int) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        upper: Tensor,
+        grid: Grid,
+        size: int,
+        fit: FitGroup,
+        leaf: int,
+        rounding: RoundColumn | None,
+    ) -> None:
         self.weight, self.upper, self.grid, self.size, self.fit, self.leaf = weight, upper, grid, size, fit, leaf
+        self.rounding = rounding
         self.codes, self.values, self.error = (torch.empty_like(weight) for _ in range(3))
         self.scale: list[Tensor] = []
         self.zero: list[Tensor] = []
@@ -138,9 +160,12 @@ class _Loop:
                 self.scale.append(scale)
                 self.zero.append(zero)
             scale, zero = self.scale[-1], self.zero[-1]
-            codes = self.grid.encode(self.weight[j], scale, zero)
-            self.codes[j] = codes
-            torch.mul(codes.sub_(zero), scale, out=self.values[j])
+            if self.rounding is not None:
+                self.codes[j], self.values[j] = self.rounding(j, self.weight[j], scale, zero)
+            else:
+                codes = self.grid.encode(self.weight[j], scale, zero)
+                self.codes[j] = codes
+                torch.mul(codes.sub_(zero), scale, out=self.values[j])
             error = torch.sub(self.weight[j], self.values[j], out=self.error[j]).div_(self.pivots[j])
             if j + 1 < stop:
                 self.weight[j + 1 : stop].addr_(self.upper[j, j + 1 : stop], error, alpha=-1)

@@ -46,10 +46,10 @@ class _Captured(Exception):
 class Walk:
     """The inputs of the current block, batch by batch, and how to push them through it."""
 
-    def __init__(self, loaded: LoadedModel, windows: Tensor) -> None:
+    def __init__(self, loaded: LoadedModel, windows: Tensor, batch_tokens: int = BATCH_TOKENS) -> None:
         self.loaded = loaded
         self.tokens = windows.numel()
-        batch = max(1, BATCH_TOKENS // windows.shape[1])
+        batch = max(1, batch_tokens // windows.shape[1])
         self.hidden: list[Tensor] = []
         self.keywords: list[list[dict[str, Any]]] = []  # [batch][block]
         with torch.no_grad():

@@ -31,6 +31,7 @@ from qfarm.record import AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow
 from qfarm.scheme import UNTOUCHED, parse_scheme
 from qfarm.store import Store
 from qfarm.text import load_text
+from qfarm.walk import BATCH_TOKENS
 from qfarm.windows import Windows, calibration_windows, evaluation_windows
 
 Progress = Callable[[str, int, int], None]  # stage, done, total (0 = unknown)
@@ -43,6 +44,7 @@ class Session:
         self.data = data
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.cell: Cell
+        self.shrink = 0  # how often batches are halved, after attempts that ran out of memory
         self.notes: list[str] = []
         self._key: tuple[str, str] | None = None  # fingerprint and dtype of the loaded model
         self._loaded: LoadedModel | None = None
@@ -58,9 +60,15 @@ class Session:
         """Record something that this attempt did differently."""
         self.notes.append(text)
 
-    def begin(self, cell: Cell) -> None:
+    def batch(self, tokens: int, length: int) -> int:
+        """Sequences of `length` tokens per forward pass, from the usual tokens per pass."""
+        return max(1, (tokens >> self.shrink) // length)
+
+    def begin(self, cell: Cell, shrink: int = 0) -> None:
         """Make the cell's original model ready. Raises InvalidInput when the model is no longer what was planned."""
-        self.cell, self.notes = cell, []
+        self.cell, self.shrink, self.notes = cell, shrink, []
+        if shrink:
+            self.note(f"batches halved {shrink} times after running out of memory; last bits of losses may differ")
         if self._key == (cell.fingerprint, cell.dtype):
             self.loaded.restore()
             return
@@ -147,6 +155,8 @@ def run_cell(task: Task, session: Session, report: Progress) -> Outcome:
         AttemptRow(
             attempt_id=task.attempt_id,
             cell_id=task.cell.cell_id,
+            model=task.cell.model,
+            label=task.cell.label,
             job=task.job,
             number=task.number,
             outcome=failure or "ok",
@@ -178,7 +188,7 @@ def run_cell(task: Task, session: Session, report: Progress) -> Outcome:
 def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: list[tuple[str, float]]) -> float:
     cell = task.cell
     with clock("load"):
-        session.begin(cell)
+        session.begin(cell, task.shrink)
     evaluators = [(spec, build_evaluator(spec.name, spec.options)) for spec in task.evaluations]
     with clock("prepare"):
         for _, evaluator in evaluators:
@@ -224,6 +234,7 @@ def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> lis
         sequential=cell.statistics == "sequential",
         report=progress,
         wrappers=recipe.wrappers,
+        batch_tokens=BATCH_TOKENS >> session.shrink,
         seed=cell.seed or 0,
     )
 

@@ -89,6 +89,8 @@ def cell_row(cell_id, recipe, scheme, **changes) -> CellRow:
 
 def attempt_row(cell_id, **changes) -> AttemptRow:
     row = AttemptRow(
+        model="org/model",
+        label="gptq w4 g128",
         attempt_id=f"attempt-of-{cell_id}",
         cell_id=cell_id,
         job="tiny",

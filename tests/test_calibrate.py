@@ -174,9 +174,7 @@ def test_stacked_layers_equal_single_ones(tiny: Path) -> None:
     # Unequal but equivalent grids keep the layers apart.
     grids |= {"k": dataclasses.replace(grids["k"], convention="deepspeed")}
     grids |= {"v": dataclasses.replace(grids["v"], convention="full_range_offset")}
-    single = {
-        (r.layer, r.role): r for r in quantize(apart, GPTQ(), sequential=False, grid_of=lambda role: grids[role])
-    }
+    single = {(r.layer, r.role): r for r in quantize(apart, GPTQ(), sequential=False, grid_of=lambda role: grids[role])}
     for key, result in stacked.items():
         assert single[key].weight_error == pytest.approx(result.weight_error, rel=1e-5)
 

@@ -9,6 +9,7 @@ import yaml
 
 from qfarm.errors import JobError
 from qfarm.job import MAX_JOB_BYTES, Calibration, Resources, load_job, parse_job
+from qfarm.recipe import method_names
 from qfarm.scheme import parse_scheme
 from tests.job_example import JOB, PATH, changed, ids
 
@@ -100,12 +101,18 @@ def test_a_job_of_the_baseline_alone() -> None:
 
 # -- what does not ----------------------------------------------------------------------------------------------------
 
+METHODS = ", ".join(method_names())
 FAULTS = {
     # name: (job, line, the rest of the message)
     "unknown key": (
         JOB + "metods: [rtn]\n",
         9,
         'metods: unknown key "metods", did you mean "methods"? known: bits, calibration, ',
+    ),
+    "misspelt key that is needed": (
+        JOB.replace("models", "modls"),
+        2,
+        'modls: unknown key "modls", did you mean "models"? known: bits, calibration, ',
     ),
     "unknown key, nothing near": (JOB + "zzz: 1\n", 9, 'zzz: unknown key "zzz"; known: bits, '),
     "unknown key in calibration": (
@@ -184,8 +191,12 @@ FAULTS = {
     "negative seed": (JOB + "seeds: [-1]\n", 9, "seeds[0]: input should be greater than or equal to 0, got -1"),
     "seed of 33 bits": (JOB + "seeds: [4294967296]\n", 9, "seeds[0]: input should be less than 4294967296, got"),
     "too many retries": (JOB + "retries: 21\n", 9, "retries: input should be less than or equal to 20, got 21"),
-    "unknown method": (method("gtpq"), 5, 'methods[1]: unknown method "gtpq", did you mean "gptq"? known: gptq, rtn'),
-    "method in capitals": (method("GPTQ"), 5, 'methods[1]: unknown method "GPTQ", did you mean "gptq"? known: gptq'),
+    "unknown method": (method("gtpq"), 5, 'methods[1]: unknown method "gtpq", did you mean "gptq"? known: ' + METHODS),
+    "method in capitals": (
+        method("GPTQ"),
+        5,
+        'methods[1]: unknown method "GPTQ", did you mean "gptq"? known: ' + METHODS,
+    ),
     "method without a name": (method("5"), 5, "methods[1]: expected a method name or {name: options}, got 5"),
     "two methods in one": (
         method("{rtn: , gptq: }"),
@@ -231,7 +242,7 @@ FAULTS = {
         "methods[1]: rtn+gptq: rtn and gptq both quantize weights; a recipe has one weight solver",
     ),
     "a method twice": (method("gptq + gptq"), 5, "methods[1]: gptq + gptq: a method stands twice"),
-    "a chain that ends early": (method("gptq+"), 5, 'methods[1]: unknown method ""; known: gptq, rtn'),
+    "a chain that ends early": (method("gptq+"), 5, 'methods[1]: unknown method ""; known: ' + METHODS),
     "unknown scheme": (changed(bits="[w4, x4]"), 4, 'bits[1]: scheme "x4" is not understood; examples: w4, w4a16, '),
     "a width of 17": (changed(bits="[w17]"), 4, 'bits[0]: scheme "w17": widths are 1 to 16 bits'),
     "a group of one": (

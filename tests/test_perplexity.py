@@ -118,7 +118,9 @@ def test_divergence_equals_its_definition(session: Session, tiny: Path) -> None:
     as_quantized(session, tiny)
     metrics, documents = run(session)
     assert metrics["kl"].value == pytest.approx(float((before.exp() * (before - after)).sum(-1).mean()), rel=1e-4)
-    assert metrics["kl_reverse"].value == pytest.approx(float((after.exp() * (after - before)).sum(-1).mean()), rel=1e-4)
+    assert metrics["kl_reverse"].value == pytest.approx(
+        float((after.exp() * (after - before)).sum(-1).mean()), rel=1e-4
+    )
     agree = before.argmax(-1) == after.argmax(-1)
     assert metrics["top1_agreement"].value == pytest.approx(float(agree.float().mean()))
     right_before, right_after = before.argmax(-1) == targets, after.argmax(-1) == targets

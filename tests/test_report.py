@@ -260,7 +260,7 @@ def test_failed_cells_are_listed_by_their_last_attempt(small):
     failed = load(small.store).failed
     assert [(cell.cell_id, cell.kind, cell.label, cell.attempts) for cell in failed] == [
         (GPTQ, "bug", "gptq w4 g64", 2),
-        (FAILED, "hung", "", 2),
+        (FAILED, "hung", "gptq w4 g128", 2),
     ]
     lines = render(load(small.store), width=120).splitlines()
     assert "2 cells failed" in lines

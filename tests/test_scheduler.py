@@ -230,6 +230,15 @@ def test_a_result_that_comes_after_all_counts_once():
     assert scheduler.done and scheduler.counts.finished == 1
 
 
+def test_a_returned_attempt_counts_as_if_it_had_not_been():
+    cell = make_cell(0)
+    scheduler = Scheduler(plans(cell), retries=0)
+    take(scheduler, "w1")
+    scheduler.returned(cell.cell_id, "w1")
+    assert scheduler.lost("w1", 0.0, preempted=False) == []
+    assert take(scheduler, "w2") == cell and scheduler.attempt(cell.cell_id).number == 1
+
+
 def test_tick_says_whose_retry_is_due():
     cell = make_cell(0)
     scheduler = Scheduler(plans(cell), retries=1)

@@ -70,6 +70,8 @@ def layer_row(cell_id: str = "c1", layer: int = 0, reason: str | None = None) ->
 
 def attempt_row(attempt_id: str = "a1", cell_id: str = "c1", outcome: str = "ok") -> AttemptRow:
     return AttemptRow(
+        model="org/model",
+        label="gptq w4 g128",
         attempt_id=attempt_id,
         cell_id=cell_id,
         job="job",

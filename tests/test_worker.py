@@ -84,7 +84,9 @@ def test_a_whole_matrix(farm: Farm) -> None:
         assert len(layers) == 14 and row["layers_quantized"] + row["layers_skipped"] == 14
         assert sum(layer["stored_bytes"] for layer in layers if layer["solver"]) == row["linear_bytes"]
     bits = {
-        layer["role"]: layer["bits"] for layer in farm.table("layers") if layer["cell_id"] == cells["rtn", "w4/8"]["cell_id"]
+        layer["role"]: layer["bits"]
+        for layer in farm.table("layers")
+        if layer["cell_id"] == cells["rtn", "w4/8"]["cell_id"]
     }
     assert bits["q"] == bits["o"] == 8 and bits["up"] == bits["down"] == 4
     stages = [stage for stage, _, _ in farm.stages]
@@ -143,9 +145,7 @@ def test_a_bug_ends_the_attempt_only(farm: Farm, monkeypatch: pytest.MonkeyPatch
         (KeyError("x"), Failure.BUG),
     ],
 )
-def test_failures_are_told_apart(
-    farm: Farm, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: Failure
-) -> None:
+def test_failures_are_told_apart(farm: Farm, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: Failure) -> None:
     def broken(self: LoadedModel, ids: Any) -> None:
         raise error
 

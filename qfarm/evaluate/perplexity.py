@@ -108,7 +108,7 @@ Columns = dict[str, np.ndarray[Any, np.dtype[np.float64]]]
 @torch.no_grad()
 def _hidden_states(session: Session, windows: Windows) -> Iterator[Tensor]:
     """Final hidden states [batch, length, hidden], batch by batch."""
-    batch = max(1, BATCH_TOKENS // windows.ids.shape[1])
+    batch = session.batch(BATCH_TOKENS, windows.ids.shape[1])
     for ids in torch.split(windows.ids, batch):
         yield session.loaded.body(ids.to(session.loaded.device))
 

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from qfarm import cache
-from qfarm.errors import ModelError, QfarmError, Unavailable
+from qfarm.errors import Failure, ModelError, QfarmError, Unavailable, classify
 from qfarm.models.architecture import linear_shapes, parameter_counts
 
 _PYPI = re.compile(
@@ -151,7 +151,9 @@ def _from_gguf(reference: str, path: Path) -> ModelFacts:
 
         try:
             convert_gguf(str(path.resolve()), str(folder))
-        except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        except Exception as error:  # struct.error for a truncated file, a bare Exception for a broken vocabulary, ...
+            if classify(error) is Failure.OOM:
+                raise
             raise ModelError(f"{reference}: transformers cannot read this GGUF file: {_first_line(error)}") from error
 
     folder = cache.entry("gguf", digest, convert)

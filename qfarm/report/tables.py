@@ -25,6 +25,8 @@ class Attempt:
 
     attempt_id: str
     cell_id: str
+    model: str
+    label: str
     number: int
     outcome: str
     stage: str
@@ -269,8 +271,8 @@ def _failed(cells: Mapping[str, CellRow], attempts: Iterable[Attempt]) -> list[F
         failed.append(
             FailedCell(
                 cell_id=cell_id,
-                model=cell.model if cell else "",
-                label=label(cell) if cell else "",
+                model=cell.model if cell else last.model,
+                label=label(cell) if cell else last.label,
                 kind=last.outcome,
                 stage=last.stage,
                 error=plain(last.error or ""),

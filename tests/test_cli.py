@@ -1,0 +1,357 @@
+"""The command line: exit codes, errors on one line, what plan prints, and what is imported to say so."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import pytest
+
+import qfarm
+from qfarm import cli
+from qfarm.job import load_job
+from qfarm.matrix import Cell
+from qfarm.plan import EvaluationSpec, make_plan
+from qfarm.store import Store
+from tests.job_example import changed
+from tests.test_store import cell_row, document_row, layer_row, metric_row
+
+ROOT = Path(__file__).parents[1]
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """`qfarm ARGUMENTS` in this process, in an empty folder, on a terminal of 80 columns."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    # What the command line sets for its own process must not outlive the test.
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+
+    def run(*arguments: str) -> Ran:
+        with pytest.raises(SystemExit) as done:
+            cli.main(arguments)
+        captured = capsys.readouterr()
+        assert isinstance(done.value.code, int)
+        return Ran(done.value.code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny: Path) -> Path:
+    """A small job on the tiny model; one of its combinations cannot be."""
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        changed(models=f"['{tiny}']", bits="[w4, w9]", group_sizes="[-1, 32]", resources="{gpus: 0}", store="out")
+    )
+    return path
+
+
+def error(ran: Ran) -> str:
+    """The one line that a refused command says."""
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("error: ") and ran.err.endswith("\n") and ran.err.count("\n") == 1
+    return ran.err.removeprefix("error: ").rstrip("\n")
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("frobnicate", 'unknown command "frobnicate"; known: plan, report, show, store, submit'),
+        ("pln", 'unknown command "pln", did you mean "plan"? known: plan, report, show, store, submit'),
+        ("store repair", 'unknown command "repair"; known: check'),
+        ("plan", "Missing argument 'JOB'."),
+        ("show", "Missing argument 'CELL'."),
+        ("plan a.yaml b.yaml", "Got unexpected extra argument (b.yaml)"),
+        ("plan a.yaml --dta x", "No such option '--dta'. Did you mean '--data'?"),
+        ("report --format pdf", "Invalid value for '--format': 'pdf' is not one of"),
+        ("plan absent.yaml", "absent.yaml: cannot read the job file: No such file or directory"),
+        ("submit absent.yaml --local", "absent.yaml: cannot read the job file: No such file or directory"),
+        ("plan bad.yaml", 'bad.yaml: line 2: modls: unknown key "modls", did you mean "models"? known: '),
+        ("submit bad.yaml", 'bad.yaml: line 2: modls: unknown key "modls", did you mean "models"? known: '),
+        ("report", "no store named and none remembered: give its folder, e.g. qfarm report results/quickstart"),
+        ("show abc", "no store named and none remembered: give its folder, e.g. qfarm report results/quickstart"),
+        ("store check", "no store named and none remembered: give its folder, e.g. qfarm report results/quickstart"),
+        ("report absent", "/absent: no such store; give a folder that `qfarm submit` has written"),
+        ("show abc --store absent", "/absent: no such store; give a folder that `qfarm submit` has written"),
+        ("store check absent", "/absent: no such store; give a folder that `qfarm submit` has written"),
+        ("report folder", "/folder: has no qfarm-store.json, so it is no store; give a folder that"),
+        ("report bad.yaml", "/bad.yaml: a file, not the folder of a store"),
+        ("report s3://bucket/x", "s3://bucket/x: object stores are not supported yet"),
+        ("submit small.yaml --local --address head:6379", "--local and --address exclude each other"),
+        ("submit small.yaml --local --detach", "--detach needs an http address"),
+        ("submit small.yaml --address ray://head:10001", "--address ray://head:10001: Ray Client addresses are not"),
+        ("submit small.yaml --local --only nonesuch", '"nonesuch" names no cell of this job; cells: '),
+        ("submit small.yaml --address head:6379", 'store: "out" is relative, and the job does not run on this machine'),
+        ("plan small.yaml --data absent", ""),  # its text is built in: no pack is looked for
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run: Run, job: Path, arguments: str, message: str) -> None:
+    Path("bad.yaml").write_text("name: bad\nmodls: [m]\n")
+    Path("folder").mkdir()
+    ran = run(*arguments.split())
+    if message:
+        assert message in error(ran)
+    else:
+        assert ran.code == 0
+    assert not Path("out").exists()  # a command that was refused leaves nothing behind
+
+
+def test_jobs_that_cannot_run(run: Run, job: Path, tiny: Path) -> None:
+    job.write_text(changed(models=f"['{tiny}']", bits="[w9]", resources="{gpus: 0}"))
+    for command in (("plan",), ("submit", "--local")):
+        assert error(run(*command, "small.yaml")) == (
+            "small.yaml: the matrix is empty: rtn quantizes weights to 2..8 bits, not 9"
+        )
+    job.write_text(changed(models="['.']"))
+    assert error(run("plan", "small.yaml")) == ".: config.json is missing"
+    job.write_text(changed(models="['no such']"))
+    assert error(run("plan", "small.yaml")).startswith("no such: no such folder, and not a hub id (org/name), ")
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_model_that_cannot_be_had_stops_a_submission_before_it_leaves_a_trace(run: Run, job: Path) -> None:
+    job.write_text(changed(models="[org/unknown]", resources="{gpus: 0}", store="out"))
+    for command in (("plan",), ("submit", "--local")):
+        assert error(run(command[0], str(job), *command[1:])).startswith("org/unknown: the model is not in the local")
+    assert not Path("out").exists()
+
+
+def test_a_folder_of_other_things_does_not_become_a_store(run: Run, job: Path) -> None:
+    Path("out").mkdir()
+    Path("out/thesis.tex").write_text("x")
+    ran = run("submit", str(job), "--local")
+    assert error(ran).endswith("/out: holds other files and is no store; give an empty or a new folder")
+    assert [path.name for path in Path("out").iterdir()] == ["thesis.tex"]
+
+
+def test_foreign_text_reaches_the_terminal_plain(run: Run) -> None:
+    Path("evil.yaml").write_text('models: [m]\nevaluate: []\n"\\e]0;title\\a\\n[red]x": 1\n')
+    message = error(run("plan", "evil.yaml"))
+    assert "\x1b" not in message and "[red]x" in message
+
+
+def test_an_error_of_our_own_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: str) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "_load", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["plan", "x.yaml"])
+
+
+def test_an_interrupt_is_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(path: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load", interrupted)
+    assert run("plan", "x.yaml").code == 130
+
+
+# -- help -------------------------------------------------------------------------------------------------------------
+
+
+def commands(command: click.Command, *path: str) -> Iterator[tuple[str, ...]]:
+    yield path
+    if isinstance(command, click.Group):
+        for name, child in command.commands.items():
+            yield from commands(child, *path, name)
+
+
+@pytest.mark.parametrize("path", list(commands(cli.group)), ids=lambda path: " ".join(path) or "qfarm")
+def test_every_help_has_an_example_and_fits(run: Run, path: tuple[str, ...]) -> None:
+    ran = run(*path, "--help")
+    assert (ran.code, ran.err) == (0, "")
+    examples = [line for line in ran.out.splitlines() if line.strip().startswith(" ".join(("qfarm", *path)))]
+    assert examples, f"no example of `qfarm {' '.join(path)}`"
+    assert max(map(len, ran.out.splitlines())) <= 80
+    assert run(*path, "-h").out == ran.out
+
+
+def test_jobs_named_in_the_help_exist(run: Run) -> None:
+    words = " ".join(run(*path, "--help").out for path in commands(cli.group)).split()
+    jobs = {word for word in words if word.startswith("jobs/")}
+    assert jobs and all((ROOT / job).is_file() for job in jobs)
+
+
+@pytest.mark.parametrize("path", [(), ("store",)])
+def test_a_group_without_a_command_shows_its_help(run: Run, path: tuple[str, ...]) -> None:
+    ran = run(*path)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == run(*path, "--help").out
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").out == f"qfarm, version {qfarm.__version__}\n"
+
+
+# -- plan -------------------------------------------------------------------------------------------------------------
+
+
+def lines_of(ran: Ran) -> list[str]:
+    assert (ran.code, ran.err) == (0, "")
+    lines = ran.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    return lines
+
+
+def rows(lines: list[str]) -> dict[str, str]:
+    """State by cell id."""
+    found = (re.match(r"([0-9a-f]{12}) .* (done|(?:\d+ of \d+ )?to run) ", line) for line in lines)
+    return {match[1]: match[2].strip() for match in found if match}
+
+
+def test_a_plan_shows_cells_and_what_cannot_be(run: Run, job: Path) -> None:
+    ran = run("plan", "small.yaml")
+    lines = lines_of(ran)
+    assert lines[0] == "small.yaml: 5 cells, 0 done, 5 to run"
+    cells = [planned.cell for planned in make_plan(load_job(job), None, None).cells]
+    assert [line.split()[:5] for line in lines[2:7]] == [
+        [
+            cell.cell_id[:12],
+            cell.recipe,
+            cell.scheme,
+            "-" if cell.group_size == -1 else "32",
+            "0" if cell.recipe == "gptq" else "-",
+        ]
+        for cell in cells
+    ]
+    assert set(rows(lines).values()) == {"to run"}
+    assert "not run, with the rule that it breaks (4):" in lines
+    for label in ("rtn w9", "rtn w9 g32", "gptq w9", "gptq w9 g32"):
+        assert f"  {label}: {label[:4].strip()} quantizes weights to 2..8 bits, not 9" in lines
+    assert not Path("out").exists() and "\x1b" not in ran.out
+
+
+def test_a_plan_notes_what_an_exclude_does_not_match(run: Run, job: Path) -> None:
+    job.write_text(job.read_text() + "exclude: [{bits: w2}]\n")
+    assert "note: exclude[0] matches no cell" in lines_of(run("plan", "small.yaml"))
+
+
+def test_a_plan_of_several_models_names_them(run: Run, job: Path, tiny_models: dict[str, Path]) -> None:
+    named = ", ".join(f"'{tiny_models[family]}'" for family in ("llama", "opt"))
+    job.write_text(changed(models=f"[{named}]", group_sizes="[48, -1]", resources="{gpus: 0}"))
+    lines = lines_of(run("plan", "small.yaml"))
+    assert lines[0] == "small.yaml: 6 cells, 0 done, 6 to run" and lines[1].split()[:2] == ["cell", "model"]
+    text = " ".join(" ".join(lines).split())
+    for family in ("llama", "opt"):
+        assert f"{tiny_models[family]} gptq w4 g48: group size 48 does not divide the 64 inputs of q" in text
+
+
+def publish(store: Store, cell: Cell, specs: tuple[EvaluationSpec, ...]) -> None:
+    """Results of a cell, as a worker would leave them."""
+    store.publish_cell(cell_row(cell.cell_id), [layer_row(cell.cell_id)])
+    for spec in specs:
+        ids = (cell.cell_id, spec.eval_id)
+        store.publish_evaluation(*ids, "a1", [metric_row(*ids)], [document_row(*ids)])
+
+
+def test_a_plan_shows_what_the_store_has(run: Run, job: Path) -> None:
+    job.write_text(job.read_text().replace("evaluate:", "evaluate:\n  - perplexity: {text: python-docs, length: 16}"))
+    planned = make_plan(load_job(job), None, None).cells
+    store = Store.open("out", create=True)
+    publish(store, planned[0].cell, planned[0].missing)
+    publish(store, planned[1].cell, planned[1].missing[:1])
+    lines = lines_of(run("plan", "small.yaml"))
+    assert lines[0] == "small.yaml: 5 cells, 1 done, 4 to run"
+    states = rows(lines)
+    assert [states[item.cell.cell_id[:12]] for item in planned] == [
+        *("done", "1 of 2 to run", "to run", "to run", "to run")
+    ]
+    for item in planned[1:]:
+        publish(store, item.cell, item.missing)
+    lines = lines_of(run("plan", "small.yaml"))
+    assert lines[0] == "small.yaml: 5 cells, 5 done, 0 to run"
+    assert "nothing to run: every result is in the store" in lines and set(rows(lines).values()) == {"done"}
+
+
+def test_results_of_another_protocol_do_not_count(run: Run, job: Path) -> None:
+    planned = make_plan(load_job(job), None, None).cells
+    store = Store.open("out", create=True)
+    for item in planned:
+        publish(store, item.cell, item.missing)
+    job.write_text(job.read_text().replace("python-docs, length: 32}", "python-docs, length: 33}"))
+    assert lines_of(run("plan", "small.yaml"))[0] == "small.yaml: 5 cells, 0 done, 5 to run"
+
+
+def test_a_plan_reads_the_pack_that_it_is_given(run: Run, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.write_text(job.read_text().replace("perplexity: {text: python-docs", "perplexity: {text: c4"))
+    Path("pack").mkdir()
+    message = error(run("plan", "small.yaml", "--data", "pack"))
+    assert message.endswith("/pack: no data pack (pack.yaml is missing)")
+    monkeypatch.setenv("QFARM_DATA", "pack")
+    assert error(run("plan", "small.yaml")) == message
+    entry = "{path: allenai/c4, name: en, splits: {validation: v.jsonl}}"
+    Path("pack/pack.yaml").write_text(f"datasets: [{entry}]\n")
+    Path("pack/v.jsonl").write_text('{"text": "a document"}\n')
+    assert run("plan", "small.yaml").code == 0
+
+
+# -- the remembered store ---------------------------------------------------------------------------------------------
+
+
+def test_the_last_store_is_remembered(run: Run, job: Path) -> None:
+    store = Store.open("out", create=True)
+    cli._remember(store.location)
+    ran = run("store", "check")
+    assert (ran.code, ran.out) == (0, "the store is sound\n")
+    (Path("out") / "parts" / "cells" / "orphan.parquet").write_text("x")
+    ran = run("store", "check")
+    assert ran.code == 1 and ran.out.endswith(
+        "orphan.parquet: no readable manifest names it; its writer died or is still at work\n1 faults\n"
+    )
+    Path("out").rename("gone")
+    assert error(run("report")).startswith(f"{store.location}: no such store")
+
+
+# -- imports ----------------------------------------------------------------------------------------------------------
+
+LIGHT = ("qfarm.cli", "qfarm.job", "qfarm.matrix", "qfarm.record", "qfarm.store", "qfarm.text", "qfarm.plan")
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
+    code = f"""
+import importlib, sys
+for name in {LIGHT}:
+    importlib.import_module(name)
+    heavy = {{"torch", "transformers", "ray", "datasets"}} & set(sys.modules)
+    assert not heavy, (name, heavy)
+"""
+    assert python(code).stderr == ""
+
+
+def test_python_m_qfarm_help_imports_no_torch() -> None:
+    code = """
+import runpy, sys
+sys.argv = ["qfarm", "--help"]
+try:
+    runpy.run_module("qfarm", run_name="__main__")
+except SystemExit as done:
+    assert not done.code
+assert not {"torch", "transformers", "ray"} & set(sys.modules)
+"""
+    ran = python(code)
+    assert ran.stderr == "" and ran.stdout.startswith("Usage: ")
