@@ -27,7 +27,6 @@ are left out.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
 import torch
@@ -137,9 +136,7 @@ def update(
     return stored_zero((codes - (groups - sparse) / scale).mean(-1, keepdim=True), grid)
 
 
-def fit_last(
-    groups: Tensor, unit: Tensor, scale: Tensor, zero: Tensor, grid: Grid, options: HQQ
-) -> tuple[Tensor, int]:
+def fit_last(groups: Tensor, unit: Tensor, scale: Tensor, zero: Tensor, grid: Grid, options: HQQ) -> tuple[Tensor, int]:
     """The reference loop: when the error stops falling, the zero fitted last stays, better or not."""
     best, beta = float("inf"), options.beta
     for step in range(options.iterations):
@@ -152,9 +149,7 @@ def fit_last(
     return zero, options.iterations
 
 
-def fit_best(
-    groups: Tensor, unit: Tensor, scale: Tensor, zero: Tensor, grid: Grid, options: HQQ
-) -> tuple[Tensor, int]:
+def fit_best(groups: Tensor, unit: Tensor, scale: Tensor, zero: Tensor, grid: Grid, options: HQQ) -> tuple[Tensor, int]:
     """Every iteration, and of each group the zero with the smallest mean error, the initial one included."""
     kept, best, beta = zero, torch.full_like(zero, torch.inf), options.beta
     for step in range(options.iterations + 1):

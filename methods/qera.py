@@ -45,7 +45,7 @@ from qfarm.recipe import STRICT, Wrapper
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LQER_FLOOR = 1e-4  # of mean |x|, from the LQER code
-OVERSAMPLING, POWER_ITERATIONS = 16, 2  # of the sketch: spec values; Halko et al., arXiv 0909.4061, section 4.5
+OVERSAMPLING, POWER_ITERATIONS = 16, 2  # of the sketch; Halko et al., arXiv 0909.4061, section 4
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -159,7 +159,8 @@ def reconstruct(error: Tensor, moment: Tensor, rank: int, sketch: bool = False) 
 def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
     """Eigenvectors [m, k] of the k largest eigenvalues, largest first."""
     symmetric = (gram + gram.T) / 2
-    return torch.linalg.eigh(symmetric).eigenvectors[:, -rank:].flip(1)
+    vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors
+    return vectors[:, -rank:].flip(1)
 
 
 def sketched_directions(error: Tensor, moment: Tensor, rank: int) -> Tensor:

@@ -20,7 +20,7 @@ from qfarm.models.load import LoadedModel
 from qfarm.quantized import QuantizedWeight
 from qfarm.quantizer import Grid, relative_error
 from qfarm.recipe import BlockSolver, WeightSolver, Wrapper
-from qfarm.walk import BATCH_TOKENS, BlockProblem, Walk
+from qfarm.walk import BATCH_TOKENS, BlockProblem, Walk, for_any_batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,21 +163,23 @@ class _Run:
         grids = {role: grid for role in linears if (grid := self.grid_of(role)) is not None}
         groups = list(self.loaded.architecture.shared_inputs)
         targets = (self.original or self.walk).outputs(index)
+        samples = len(self.walk.hidden[0])
+        stats = self._statistics_only(index, groups, linears)
         problem = BlockProblem(
             block=self.loaded.blocks[index],
             linears={role: linears[role] for role in grids},
             grids=grids,
             inputs=torch.cat(self.walk.hidden),
             targets=torch.cat(targets),
-            keywords=self.walk.keywords[0][index],
+            keywords={key: for_any_batch(value, samples) for key, value in self.walk.keywords[0][index].items()},
             seed=self.seed * 100_003 + index,
+            statistics={role: found for group, found in stats.items() for role in group},
         )
-        stats = self._statistics_only(index, groups, linears)
         if self.original is not None:
             self.original.hidden = targets
         elif not self.sequential:
             self.walk.hidden = targets
-        done = solver.quantize_block(problem)
+        done = solver.quantize_block(problem) if grids else {}
         results = []
         for group in groups:
             for role in group:

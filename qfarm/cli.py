@@ -1,4 +1,4 @@
-"""The command line: `qfarm plan`, `submit`, `report`, `show`, `store check`.
+"""The command line: `qfarm plan`, `submit`, `report`, `show`, `methods`, `store check`.
 
 It only says where and how to run; every experiment option stands in the job file. Exit codes: 0 all well, 1 some
 cells failed for good, 2 bad input, 130 interrupted.
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qfarm.store import Store
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+INVALID_SHOWN = 5  # combinations that cannot be, listed at submission; the plan lists all
 DATA = click.option("--data", metavar="DIR", help="Folder of a data pack (index pack.yaml); default: QFARM_DATA.")
 
 
@@ -134,7 +135,7 @@ def submit(job: str, address: str | None, local: bool, only: str | None, detach:
             raise click.exceptions.Exit(_submit_remotely(checked, job, address, only, detach, data))
     if detach:
         raise InvalidInput("--detach needs an http address")
-    raise click.exceptions.Exit(_submit_here(checked, address, where, local, only, data))
+    raise click.exceptions.Exit(_submit_here(checked, job, address, where, local, only, data))
 
 
 def _submit_remotely(job: Job, path: str, address: str, only: str | None, detach: bool, data: str | None) -> int:
@@ -147,7 +148,9 @@ def _submit_remotely(job: Job, path: str, address: str, only: str | None, detach
     return remote.submit(address, arguments, Path.cwd(), detach=detach, submission_id=submission)
 
 
-def _submit_here(job: Job, address: str | None, where: str, local: bool, only: str | None, data: str | None) -> int:
+def _submit_here(
+    job: Job, path: str, address: str | None, where: str, local: bool, only: str | None, data: str | None
+) -> int:
     from qfarm import driver
     from qfarm.console import Console
     from qfarm.environment import data_folder
@@ -174,8 +177,11 @@ def _submit_here(job: Job, address: str | None, where: str, local: bool, only: s
         console.handle(
             JobStarted(job=job.file.name, where=where, store=store.location, cells=len(work), done_before=done)
         )
-        for invalid in planned.invalid:
+        for invalid in planned.invalid[:INVALID_SHOWN]:
             console.handle(Note(text=f"not run: {invalid.label}: {invalid.rule}"))
+        if len(planned.invalid) > INVALID_SHOWN:
+            more = len(planned.invalid) - INVALID_SHOWN
+            console.handle(Note(text=f"and {more} more combinations that cannot be: qfarm plan {path}"))
         for note in planned.notes:
             console.handle(Note(text=note))
         run = driver.run_local if local else driver.run
@@ -239,6 +245,22 @@ def show(cell: str, store: str | None) -> None:
     from qfarm.report.show import show as show_cell
 
     click.echo(show_cell(_open(store or _last_store()), cell, width=_width(), color=_color()), nl=False)
+
+
+@group.command()
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """List the methods, or explain one: formula, options with defaults and ranges, differences from its paper.
+
+    \b
+    Examples:
+      qfarm methods
+      qfarm methods gptq
+    """
+    from qfarm.report.methods import render_method, render_methods
+
+    text = render_method(name, _width(), _color()) if name else render_methods(_width(), _color())
+    click.echo(text, nl=False)
 
 
 @group.group("store", cls=_Group)

@@ -85,7 +85,7 @@ def classify(error: BaseException) -> Failure:
     ):
         return Failure.OOM
     # torch's CPU allocator raises a plain RuntimeError; its text is the only mark.
-    if isinstance(error, RuntimeError) and "not enough memory" in str(error):
+    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
         return Failure.OOM
     if isinstance(error, (Unavailable, ConnectionError, TimeoutError)):
         return Failure.UNAVAILABLE

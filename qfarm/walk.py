@@ -29,6 +29,8 @@ class BlockProblem:
     targets: Tensor  # [samples, length, hidden]: what the original block makes of the original inputs
     keywords: dict[str, Any]  # of the block's forward; they fit any number of samples of this length
     seed: int
+    # What the solver's `statistics()` ask for, by role; of the inputs of the original layers in this block.
+    statistics: dict[str, InputStatistics] = dataclasses.field(default_factory=dict)
 
     def forward(self, hidden: Tensor, weights: dict[str, Tensor]) -> Tensor:
         """The block's output with other weights in some roles; differentiable in both arguments."""
@@ -37,6 +39,17 @@ class BlockProblem:
         out: Any = torch.func.functional_call(self.block, swapped, (hidden,), self.keywords)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
+
+
+def for_any_batch(value: Any, samples: int) -> Any:
+    """A block's keyword argument, recorded for a batch of that many samples, cut to one so that it broadcasts.
+
+    Calibration windows have one length and no padding, so masks and positions are the same for every sample.
+    """
+    if isinstance(value, tuple):
+        return tuple(for_any_batch(part, samples) for part in value)
+    batched = isinstance(value, Tensor) and value.dim() > 1 and len(value) == samples > 1
+    return value[:1] if batched and torch.equal(value, value[:1].expand_as(value)) else value
 
 
 class _Captured(Exception):

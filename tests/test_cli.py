@@ -216,7 +216,7 @@ def lines_of(ran: Ran) -> list[str]:
 
 def rows(lines: list[str]) -> dict[str, str]:
     """State by cell id."""
-    found = (re.match(r"([0-9a-f]{12}) .* (done|(?:\d+ of \d+ )?to run) ", line) for line in lines)
+    found = (re.match(r"([0-9a-f]{12}) .*? (done|(?:\d+ of \d+ )?to run) ", line) for line in lines)
     return {match[1]: match[2].strip() for match in found if match}
 
 
@@ -277,6 +277,10 @@ def test_a_plan_shows_what_the_store_has(run: Run, job: Path) -> None:
     assert [states[item.cell.cell_id[:12]] for item in planned] == [
         *("done", "1 of 2 to run", "to run", "to run", "to run")
     ]
+    for spec in planned[2].missing:  # measured, but what was measured is not there: its writer was interrupted
+        ids = (planned[2].cell.cell_id, spec.eval_id)
+        store.publish_evaluation(*ids, "a1", [metric_row(*ids)], [document_row(*ids)])
+    assert lines_of(run("plan", "small.yaml"))[0] == "small.yaml: 5 cells, 1 done, 4 to run"
     for item in planned[1:]:
         publish(store, item.cell, item.missing)
     lines = lines_of(run("plan", "small.yaml"))

@@ -231,6 +231,22 @@ def test_equal_rows_constant_groups_and_dead_columns() -> None:
     assert torch.isfinite(run(weight, torch.zeros(64, 64), Grid(bits=2, group_size=32)).dequantize()).all()
 
 
+def test_dead_columns_do_not_pull_the_fit() -> None:
+    """A group with two dead inputs has the codes and coefficients of the group without them."""
+    weight, hessian = random(6, 32, 36) + 2, correlated(32, 37)
+    live = torch.ones(32, dtype=torch.bool)
+    live[[3, 17]] = False
+    hessian = hessian * live * live[:, None]
+    whole = factorise(hessian, torch.arange(32), 0.05, 0.01).upper
+    rest = factorise(hessian[live][:, live], torch.arange(30), 0.05, 0.01).upper
+    grid = Grid(bits=2, **FLOAT32)
+    found = solve_group(weight * live, whole, live.float(), grid, BPDQ())
+    expected = solve_group(weight[:, live], rest, torch.ones(30), grid, BPDQ())
+    assert torch.equal(found.codes[:, live], expected.codes)
+    torch.testing.assert_close(found.coefficients, expected.coefficients, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.score, expected.score, rtol=1e-3, atol=1e-5)
+
+
 def test_signed_planes_give_the_same_weight() -> None:
     coefficients = random(5, 4, 28)
     factors, offset = signed_planes(coefficients)

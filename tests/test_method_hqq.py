@@ -116,7 +116,7 @@ def test_flat_groups_keep_their_value(round_zero: bool | None) -> None:
 
 
 def test_gain_on_gaussian_weights() -> None:
-    """Figures of the specification, groups of 64: 4-bit 0.00808 -> 0.00761, 3-bit 0.0372 -> 0.0344, 2-bit 0.203 -> 0.187."""
+    """Relative squared error of min/max and of HQQ for groups of 64; figures of an independent simulation."""
     weight = gaussian(1000, 1024, seed=3)
     for bits, start, end in ((4, 0.00808, 0.00761), (3, 0.0372, 0.0344), (2, 0.203, 0.187)):
         assert error(weight, bits, 64, iterations=0, round_zero=False) == pytest.approx(start, rel=0.03)
@@ -126,17 +126,16 @@ def test_gain_on_gaussian_weights() -> None:
 def test_scale_equivariance() -> None:
     weight = gaussian(16, 64, seed=4)
 
-    def same(factor: float, std: float, normalize: bool) -> bool:
-        # float32 rounding may flip a code now and then, a different solution changes many.
-        first = quantize(weight / 0.02 * std, 3, normalize=normalize)
-        second = quantize(weight / 0.02 * std * factor, 3, normalize=normalize)
-        return float((first.codes != second.codes).float().mean()) < 0.005 and bool(
-            torch.allclose(first.dequantize() * factor, second.dequantize(), rtol=0, atol=1e-3 * std * factor)
-        )
+    def changed(factor: float, std: float, normalize: bool) -> float:
+        """Share of codes that differ; float32 rounding may flip one now and then, another solution changes many."""
+        codes = [quantize(weight / 0.02 * std * by, 3, normalize=normalize).codes for by in (1.0, factor)]
+        return float((codes[0] != codes[1]).float().mean())
 
-    assert all(same(factor, 0.02, True) for factor in (2.0, 0.37, 1000.0))
-    assert same(2.0, 0.02, False)
-    assert not same(2.0, 1.0, False)
+    assert all(changed(factor, 0.02, True) < 0.002 for factor in (2.0, 0.37, 1000.0))
+    assert changed(2.0, 0.02, False) == 0
+    assert changed(2.0, 1.0, False) > 0.02
+    scaled, plain = (quantize(weight * by, 3, normalize=True).dequantize() for by in (2.0**10, 1.0))
+    assert torch.equal(scaled, plain * 2**10)
 
 
 def test_normalising_counts_errors_in_standard_deviations() -> None:
@@ -169,7 +168,7 @@ def test_the_stop_is_global_unless_the_best_is_kept() -> None:
 
 def test_the_last_zero_stays() -> None:
     """The reference stops after the first rise and ships the zero of that very iteration."""
-    weight = gaussian(4, 32, seed=10)
+    weight = gaussian(16, 64, seed=10, std=1.0)  # above the threshold of shrinkage, where the error does rise
     result = quantize(weight, 3)
     stop = result.notes["iterations"]
     assert 2 <= stop < 20

@@ -189,6 +189,16 @@ def test_modes_of_the_layer_and_their_notes(mode: str) -> None:
     assert made.notes["repaired"] == pytest.approx(1 - left, abs=1e-4)
 
 
+def test_token_norm_reads_the_other_moment() -> None:
+    weight, inputs = layer()
+    base = Grid(bits=3).quantize(weight)
+    assert inputs.normalised_hessian is not None
+    swapped = dataclasses.replace(inputs, hessian=inputs.normalised_hessian)
+    made = QERA(rank=4, token_norm=True).wrap(weight, base, inputs).dequantize()
+    assert torch.equal(made, QERA(rank=4).wrap(weight, base, swapped).dequantize())
+    assert not torch.allclose(made, QERA(rank=4).wrap(weight, base, inputs).dequantize(), atol=1e-3)
+
+
 def test_full_rank_leaves_no_error_and_the_cut_is_noted() -> None:
     weight, inputs = layer(rows=8)
     made = QERA(**EXACT).wrap(weight, Grid(bits=3).quantize(weight), inputs)  # type: ignore[arg-type]
@@ -202,6 +212,7 @@ def test_rank_follows_bits_or_the_price() -> None:
     # Spec section 4: rank 32 costs 0.25 bits per weight at 4096 x 4096 and 0.625 at 1024 x 4096.
     assert QERA(extra_bits=0.25).affordable(4096, 4096, 4) == 32
     assert QERA(extra_bits=0.625).affordable(1024, 4096, 4) == 32
+    assert QERA(extra_bits=0.255).affordable(4096, 4096, 4) == 32  # never above the price
     assert QERA(extra_bits=0.25, term_dtype="float32").affordable(4096, 4096, 4) == 16
     weight, inputs = layer()
     base = Grid(bits=4).quantize(weight)

@@ -1,0 +1,137 @@
+"""Contract: how a test runs any method on a small model, and sees the quantized weight of every layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from qfarm import calibrate
+from qfarm.calibrate import LayerResult, quantize_weights
+from qfarm.models.load import LoadedModel
+from qfarm.quantized import QuantizedWeight
+from qfarm.quantizer import Grid
+from qfarm.recipe import Method, Recipe, WeightSolver, Wrapper, build_method, lookup, parse_recipe
+
+# Methods whose defaults are meant for real models: iterations that take long, a rank that exceeds tiny layers.
+FAST: dict[str, dict[str, Any]] = {"autoround": {"iterations": 6}, "qera": {"rank": 8}}
+
+CONTEXTS = [(size, symmetric) for size in (16, -1, 32, 64) for symmetric in (False, True)]  # of 64 and 128 columns
+WINDOWS = torch.randint(0, 256, (6, 32), generator=torch.manual_seed(0))
+PROBE = torch.randint(0, 256, (2, 24), generator=torch.manual_seed(1))
+
+
+def is_weight_method(name: str) -> bool:
+    return issubclass(lookup(name), WeightSolver | Wrapper)
+
+
+def recipe_of(*names: str) -> Recipe:
+    """A chain of those methods at the options that suit small models."""
+    options = {name: FAST.get(name, {}) for name in names}
+    return parse_recipe({"+".join(names): options if len(names) > 1 else options[names[0]]})
+
+
+def allowed(recipe: Recipe) -> list[tuple[int, bool]]:
+    """Group sizes and symmetry that no method of the recipe refuses."""
+    return [context for context in CONTEXTS if not any(method.refusal(*context) for method in recipe.methods)]
+
+
+def solver_of(recipe: Recipe) -> WeightSolver:
+    """The recipe's weight solver, or what the worker takes where there is none."""
+    solver = recipe.solver or build_method("rtn", {})
+    assert isinstance(solver, WeightSolver)
+    return solver
+
+
+def widths(recipe: Recipe) -> range:
+    return solver_of(recipe).widths
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What a run made of a model."""
+
+    results: list[LayerResult]
+    quantized: dict[tuple[int, str], QuantizedWeight]
+    weights: dict[tuple[int, str], Tensor]  # of every decoder linear, as the model holds them
+    logits: Tensor
+
+    def error(self) -> float:
+        """Squared weight error relative to the weights, all layers together."""
+        return sum(result.weight_error or 0.0 for result in self.results) / len(self.results)
+
+
+def run(
+    model: LoadedModel,
+    recipe: Recipe,
+    bits: int | dict[str, int | None],
+    context: tuple[int, bool],
+    *,
+    seed: int = 0,
+    sequential: bool = True,
+) -> Made:
+    """Quantize a model and put it back. `bits` may differ by role; None leaves a role alone."""
+    group_size, symmetric = context
+    quantized: dict[tuple[int, str], QuantizedWeight] = {}
+    replace = calibrate._replace
+
+    def spy(loaded: LoadedModel, index: int, role: str, linear: Any, made: QuantizedWeight, inputs: Any) -> LayerResult:
+        assert (index, role) not in quantized
+        quantized[index, role] = made
+        return replace(loaded, index, role, linear, made, inputs)
+
+    def grid_of(role: str) -> Grid | None:
+        width = bits if isinstance(bits, int) else bits[role]
+        return None if width is None else Grid(bits=width, group_size=group_size, symmetric=symmetric)
+
+    resolved = Recipe(tuple(method.resolve(group_size) for method in recipe.methods))
+    with mock.patch.object(calibrate, "_replace", spy):
+        results = quantize_weights(
+            model,
+            solver_of(resolved),
+            grid_of,
+            WINDOWS if resolved.needs_text else None,
+            sequential=sequential,
+            report=lambda done, total: None,
+            wrappers=resolved.wrappers,
+            seed=seed,
+        )
+    made = Made(results, quantized, decoder_weights(model), logits(model))
+    model.restore()
+    return made
+
+
+def decoder_weights(model: LoadedModel) -> dict[tuple[int, str], Tensor]:
+    return {
+        (index, role): linear.weight.detach().clone()
+        for index in range(len(model.blocks))
+        for role, linear in model.linears(index).items()
+    }
+
+
+@torch.no_grad()
+def logits(model: LoadedModel) -> Tensor:
+    return model.head(model.body(PROBE))  # type: ignore[no-any-return]
+
+
+def break_in(model: LoadedModel) -> None:
+    """Give a model what real ones have: dead inputs, rows of zeros, a constant row, one huge weight."""
+    with torch.no_grad():
+        for index in range(len(model.blocks)):
+            linears = model.linears(index)
+            norm = next(m for name, m in model.blocks[index].named_modules() if "norm" in name)
+            norm.weight[5] = 0.0  # input 5 of q, k, v is always zero
+            linears["up"].weight[3] = 0.0
+            linears["v"].weight[1] = 0.07
+            linears["up"].weight[7, 9] = 4.0
+
+
+@functools.cache
+def described(kind: type[Method]) -> dict[str, str | None]:
+    """Each option of a method with its description."""
+    fields: dict[str, Any] = kind.__pydantic_fields__  # type: ignore[attr-defined]
+    return {name: fields[name].description for name in (f.name for f in dataclasses.fields(kind))}  # type: ignore[arg-type]
