@@ -77,7 +77,7 @@ class AutoRound(BlockSolver):
     def quantize_block(self, problem: BlockProblem) -> dict[str, QuantizedWeight]:
         layers = {role: LayerVariables(linear.weight, problem.grids[role]) for role, linear in problem.linears.items()}
         with torch.enable_grad():
-            figures = train(problem, layers, self) if self.iterations else {}
+            figures = train(problem, layers, self) if self.iterations and layers else {}
         done: dict[str, QuantizedWeight] = {}
         for role, layer in layers.items():
             result = layer.frozen()

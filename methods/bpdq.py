@@ -49,7 +49,7 @@ from qfarm.inputs import InputStatistics, Statistic
 from qfarm.quantized import QuantizedWeight, pack_bits, packed_words
 from qfarm.quantizer import Grid
 from qfarm.recipe import STRICT, WeightSolver
-from qfarm.solver import LEAF, Factor, factorise
+from qfarm.solver import LEAF, Factor, factorise, group_aware_order
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -158,14 +158,10 @@ def normalised(hessian: Tensor) -> Tensor:
 
 
 def column_order(diagonal: Tensor, group_size: int | None) -> Tensor:
-    """Position in the loop -> original column [n]; group-aware, or natural without a group size. Groups stay whole."""
+    """Position in the loop -> original column [n]; group-aware, or natural without a group size."""
     if group_size is None:
         return torch.arange(len(diagonal), device=diagonal.device)
-    groups = diagonal.reshape(-1, group_size)
-    inside = torch.argsort(groups, dim=1, descending=True, stable=True)
-    between = torch.argsort(groups.amax(dim=1), descending=True, stable=True)
-    start = torch.arange(0, len(diagonal), group_size, device=diagonal.device)
-    return (inside + start[:, None])[between].reshape(-1)
+    return group_aware_order(diagonal, group_size)
 
 
 def bpdq(weight: Tensor, factor: Factor, grid: Grid, options: BPDQ) -> BitPlaneWeight:

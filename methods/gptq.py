@@ -38,7 +38,7 @@ from qfarm.inputs import InputStatistics, Statistic
 from qfarm.quantized import UniformWeight
 from qfarm.quantizer import Convention, Grid
 from qfarm.recipe import STRICT, WeightSolver
-from qfarm.solver import Factor, Solution, factorise, solve
+from qfarm.solver import Factor, Solution, factorise, group_aware_order, solve
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -141,16 +141,11 @@ METHOD = GPTQ
 
 def column_order(diagonal: Tensor, group_size: int, options: GPTQ) -> Tensor:
     """Position in the loop -> original column, int64 [n]. Ties keep the natural order."""
-    n = len(diagonal)
     if options.act_order:
         return torch.argsort(diagonal, descending=True, stable=True)
-    if not options.group_aware:
-        return torch.arange(n, device=diagonal.device)
-    groups = diagonal.reshape(-1, group_size)
-    inside = torch.argsort(groups, dim=1, descending=True, stable=True)
-    between = torch.argsort(groups.amax(dim=1), descending=True, stable=True)
-    start = torch.arange(0, n, group_size, device=diagonal.device)
-    return (inside + start[:, None])[between].reshape(-1)
+    if options.group_aware:
+        return group_aware_order(diagonal, group_size)
+    return torch.arange(len(diagonal), device=diagonal.device)
 
 
 def gptq(weight: Tensor, factor: Factor, grid: Grid, options: GPTQ, **loop: Any) -> UniformWeight:

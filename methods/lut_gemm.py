@@ -21,10 +21,10 @@ Bits per weight: k + 16 k / g, + 16 / g with an offset.
 
 Differences from github.com/naver-aics/lut-gemm and its port in dnotitia/qllm-infer:
 
-- Arithmetic is float32 on groups scaled to a root mean square of 1, least squares float64; the port starts from
-  weights in the model's dtype and adds an absolute 1e-6 in its conjugate gradients.
-- Least squares is solved directly. A ridge of 1e-8 g holds the change of a, not a itself, so that equal planes keep
-  their scales and a fitted group stays where it is.
+- Arithmetic is float32; the port starts from weights in the model's dtype.
+- Least squares is solved directly in float64, not by conjugate gradients with an absolute 1e-6, which spoils groups of
+  small weights. A ridge of 1e-8 g holds the change of a, not a itself: equal planes keep their scales, a fitted group
+  stays where it is, and the scale of the weights does not matter, so that groups need not be normalised.
 - A group stops when none of its signs changed; more rounds would not change it.
 - a and z are rounded to their storage dtype before signs are chosen for the last time.
 - `importance` is an exponent on diag(H); upstream's element weights with clipping and pruning are not here.
@@ -269,22 +269,18 @@ def refine(
 
 def solve_groups(values: Tensor, importance: Tensor | None, grid: Grid, options: LUTGEMM) -> tuple[Levels, Tensor]:
     """values [R, g] -> levels as they are stored, in float32, and codes [R, g]."""
-    norm = values.square().mean(1).sqrt()
-    norm = torch.where(norm > 0, norm, 1.0)
-    unit = values / norm[:, None]
     offset = None
     if options.start == "uniform":
         scale, zero = grid.fit(values)
         codes = grid.encode(values, scale[:, None], zero[:, None]).to(torch.uint8)
         alpha, offset = uniform_levels(scale, zero, grid.bits)
-        alpha, offset = alpha / norm[:, None], offset / norm
     else:
         if options.offset:
-            offset = (unit if importance is None else unit * importance).mean(1)
-        codes, alpha = greedy(unit if offset is None else unit - offset[:, None], grid.bits, importance)
-    _, alpha, offset = refine(unit, codes, alpha, offset, importance, options.rounds, options.assignment)
-    alpha = _store(alpha * norm[:, None], grid.scale_dtype)
-    offset = None if offset is None else _store(offset * norm, grid.scale_dtype)
+            offset = (values if importance is None else values * importance).mean(1)
+        codes, alpha = greedy(values if offset is None else values - offset[:, None], grid.bits, importance)
+    _, alpha, offset = refine(values, codes, alpha, offset, importance, options.rounds, options.assignment)
+    alpha = _store(alpha, grid.scale_dtype)
+    offset = None if offset is None else _store(offset, grid.scale_dtype)
     plain = options.start == "greedy" and options.rounds == 0
     levels = Levels.build(alpha, offset, "greedy" if plain else options.assignment)
     return levels, levels.assign(values)

@@ -92,11 +92,10 @@ class PTQ161(BlockSolver):
     def quantize_block(self, problem: BlockProblem) -> dict[str, QuantizedWeight]:
         layers = {}
         for role, linear in problem.linears.items():
-            strength = _strength(problem.statistics[role])
-            mask = salient_columns(strength, self.salient_share)
+            mask = salient_columns(self._strength(problem.statistics[role]), self.salient_share)
             layers[role] = BinaryVariables(linear.weight, mask, problem.grids[role], self)
         with torch.enable_grad():
-            figures = train(problem, layers, self) if self.epochs else {}
+            figures = train(problem, layers, self) if self.epochs and layers else {}
         done: dict[str, QuantizedWeight] = {}
         for role, layer in layers.items():
             result = layer.frozen()
@@ -104,16 +103,15 @@ class PTQ161(BlockSolver):
             done[role] = result
         return done
 
+    def _strength(self, inputs: InputStatistics) -> Tensor:
+        strength = inputs.max_abs if self.salient_by == "max" else inputs.mean_abs
+        assert strength is not None
+        if not bool(torch.isfinite(strength).all()):
+            raise NonFinite("the calibration inputs hold NaN or Inf")
+        return strength
+
 
 METHOD = PTQ161
-
-
-def _strength(inputs: InputStatistics) -> Tensor:
-    strength = inputs.max_abs if inputs.max_abs is not None else inputs.mean_abs
-    assert strength is not None
-    if not bool(torch.isfinite(strength).all()):
-        raise NonFinite("the calibration inputs hold NaN or Inf")
-    return strength
 
 
 def salient_columns(strength: Tensor, share: float) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qfarm.errors import NonFinite
 from qfarm.inputs import InputStatistics
+from qfarm.models.architecture import absorbs_scale
 from qfarm.models.load import LoadedModel
 from qfarm.quantized import QuantizedWeight
 from qfarm.quantizer import Grid, relative_error
@@ -126,8 +127,7 @@ class _Run:
         first = {group: linears[group[0]] for group in groups}
         stats = self.walk.collect(index, first, self.wanted, keep_outputs=not self.sequential)
         for group, found in stats.items():
-            # Values reach o unmixed between channels, but under GQA several of its columns share one row of v.
-            found.foldable = group != ("o",) or linears["v"].out_features == linears["o"].in_features
+            found.foldable = absorbs_scale(self.loaded.model.config.to_dict(), group)
         return stats
 
     def _group(self, index: int, linears: dict[str, nn.Linear], inputs: InputStatistics | None) -> list[LayerResult]:

@@ -200,7 +200,7 @@ def _work(plan: Plan, only: str | None) -> list[Any]:
 
     chosen = find_cell(tuple(p.cell for p in plan.cells), only).cell_id if only else None
     open_cells = [p for p in plan.cells if not p.done and chosen in (None, p.cell.cell_id)]
-    baselines = {p.cell.model for p in open_cells if p.cell.is_baseline}
+    baselines = {p.cell.fingerprint for p in open_cells if p.cell.is_baseline}
     work = []
     for planned in open_cells:
         compares = any(build_evaluator(spec.name, spec.options).needs_baseline for spec in planned.missing)
@@ -208,7 +208,7 @@ def _work(plan: Plan, only: str | None) -> list[Any]:
             CellWork(
                 cell=planned.cell,
                 evaluations=planned.missing,
-                needs_baseline=compares and not planned.cell.is_baseline and planned.cell.model in baselines,
+                needs_baseline=compares and not planned.cell.is_baseline and planned.cell.fingerprint in baselines,
                 estimate_s=planned.estimate.seconds,
             )
         )

@@ -48,6 +48,7 @@ class Cell:
     statistics: str | None  # sequential | independent; None when nothing is calibrated
     calibration: Mapping[str, Any] | None  # text, source hash, samples, length
     seed: int | None
+    variant: str = ""  # options that are not the defaults, for people: "act_order=true"
 
     @property
     def is_baseline(self) -> bool:
@@ -57,7 +58,7 @@ class Cell:
     def cell_id(self) -> str:
         identity = dataclasses.asdict(self)
         # The name under which a model or a text was found is not part of what it is.
-        del identity["model"], identity["recipe"]
+        del identity["model"], identity["recipe"], identity["variant"]
         if self.calibration:
             identity["calibration"] = {k: v for k, v in self.calibration.items() if k != "text"}
         return canonical_hash(identity)
@@ -66,7 +67,8 @@ class Cell:
     def label(self) -> str:
         group = "" if self.group_size == -1 else f" g{self.group_size}"
         seed = f" seed {self.seed}" if self.seed else ""
-        return f"{self.recipe} {self.scheme}{group}{seed}"
+        options = f" ({self.variant})" if self.variant else ""
+        return f"{self.recipe}{options} {self.scheme}{group}{seed}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,7 +176,8 @@ def _cell(
 ) -> Cell:
     from qfarm.recipe import Recipe
 
-    if "weight" not in scheme.sites:
+    weights = "weight" in scheme.sites
+    if not weights:
         group_size = -1
     resolved = Recipe(tuple(method.resolve(group_size) for method in recipe.methods))
     calibration: Calibration = job.file.calibration
@@ -187,14 +190,28 @@ def _cell(
         methods=tuple(resolved.specs()),
         scheme=str(scheme),
         group_size=group_size,
-        symmetric=bool(job.file.symmetric) and bool(scheme.sites),
-        scale_dtype=job.file.scale_dtype if scheme.sites else "float16",
+        symmetric=bool(job.file.symmetric) and weights,
+        scale_dtype=job.file.scale_dtype if weights else "float16",
         statistics=job.file.statistics if resolved.needs_text else None,
         calibration=(
             calibration.model_dump() | {"source": text_hash(calibration.text)} if resolved.needs_text else None
         ),
         seed=seed if resolved.needs_seed else None,
+        variant=_variant(recipe, group_size),
     )
+
+
+def _variant(recipe: Recipe, group_size: int) -> str:
+    """The options that were given and make a difference, for telling cells of one recipe apart."""
+    found = []
+    for method in recipe.methods:
+        usual = type(method)()
+        if method.resolve(group_size) == usual.resolve(group_size):
+            continue
+        prefix = f"{method.name}." if len(recipe.methods) > 1 else ""
+        given = {name: value for name, value in method.options().items() if value != usual.options()[name]}
+        found += [f"{prefix}{name}={json.dumps(value, default=str)}" for name, value in given.items()]
+    return ", ".join(found)
 
 
 Axes = tuple[str, "Recipe", Scheme, int, int]

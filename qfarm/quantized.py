@@ -180,7 +180,11 @@ class LowRank:
         return self.base.stored_bytes() + sum(t.numel() * t.element_size() for t in (self.left, self.right))
 
     def packed(self) -> dict[str, Tensor]:
-        return self.base.packed() | {"weight_left": self.left, "weight_right": self.right}
+        tensors = self.base.packed()
+        # A term on top of a term: the inner one keeps its plain names.
+        inner = sum(name.startswith("weight_left") for name in tensors)
+        suffix = f"_{inner}" if inner else ""
+        return tensors | {f"weight_left{suffix}": self.left, f"weight_right{suffix}": self.right}
 
     def row_range(self, start: int, stop: int) -> LowRank:
         base = self.base.row_range(start, stop)

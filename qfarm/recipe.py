@@ -255,6 +255,8 @@ def parse_recipe(entry: object) -> Recipe:
     solvers = [m.name for m in methods if isinstance(m, WeightSolver)]
     if len(solvers) > 1:
         raise InvalidInput(f"{chain}: {' and '.join(solvers)} both quantize weights; a recipe has one weight solver")
+    if not solvers and any(isinstance(method, Wrapper) for method in methods):
+        methods.append(build_method("rtn", {}))  # a term needs something to stand on; said here, it enters the identity
     return Recipe(tuple(sorted(methods, key=lambda method: (method.stage, isinstance(method, Wrapper)))))
 
 

@@ -78,6 +78,18 @@ def _upper(h: Tensor) -> Tensor | None:
     return upper if bool(sound) else None
 
 
+def group_aware_order(diagonal: Tensor, group_size: int) -> Tensor:
+    """Position in the loop -> original column, int64 [n], with groups kept whole (arXiv 2505.14638).
+
+    Groups by their largest diag(H), columns by diag(H) inside each, both descending; ties keep the natural order.
+    """
+    groups = diagonal.reshape(-1, group_size)
+    inside = torch.argsort(groups, dim=1, descending=True, stable=True)
+    between = torch.argsort(groups.amax(dim=1), descending=True, stable=True)
+    start = torch.arange(0, len(diagonal), group_size, device=diagonal.device)
+    return (inside + start[:, None])[between].reshape(-1)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Solution:
     """Result of the column loop, in the loop's order; positions are rows, so that a column is contiguous."""

@@ -93,7 +93,8 @@ def text_hash(name: str, part: Part, data: str | None) -> str:
         return f"sha256:{cache.file_hash(local)}"
     digest = hashlib.sha256()
     for document in load_text(name, part, data).documents:
-        digest.update(document.encode())
+        # Where documents end counts too: it decides which windows share a cluster.
+        digest.update(f"{len(document)}:{document}".encode())
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -23,6 +23,7 @@ from tests.job_example import changed
 from tests.test_store import cell_row, document_row, layer_row, metric_row
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = ", ".join(sorted(cli.group.commands))
 
 
 class Ran(NamedTuple):
@@ -76,8 +77,8 @@ def error(ran: Ran) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("frobnicate", 'unknown command "frobnicate"; known: plan, report, show, store, submit'),
-        ("pln", 'unknown command "pln", did you mean "plan"? known: plan, report, show, store, submit'),
+        ("frobnicate", f'unknown command "frobnicate"; known: {COMMANDS}'),
+        ("pln", f'unknown command "pln", did you mean "plan"? known: {COMMANDS}'),
         ("store repair", 'unknown command "repair"; known: check'),
         ("plan", "Missing argument 'JOB'."),
         ("show", "Missing argument 'CELL'."),
@@ -308,6 +309,15 @@ def test_a_plan_reads_the_pack_that_it_is_given(run: Run, job: Path, monkeypatch
     Path("pack/pack.yaml").write_text(f"datasets: [{entry}]\n")
     Path("pack/v.jsonl").write_text('{"text": "a document"}\n')
     assert run("plan", "small.yaml").code == 0
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_main_job_can_be_planned_without_a_network(run: Run) -> None:
+    lines = lines_of(run("plan", str(ROOT / "jobs" / "llama_matrix.yaml")))
+    text = " ".join(" ".join(lines).split())
+    assert "llama_matrix.yaml: 11 cells, 0 done, 11 to run" in text
+    assert "note: meta-llama/Llama-3.1-8B-Instruct cannot be reached from here: shapes from the table of known" in text
+    assert "GPU-hours (estimated from: assumed rate), memory of one worker: " in text
 
 
 # -- the remembered store ---------------------------------------------------------------------------------------------

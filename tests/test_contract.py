@@ -214,9 +214,9 @@ def test_rows_of_a_stacked_matrix(name: str, weight_method: Recipe) -> None:
 
 
 @every_method
-def test_low_rank_terms_go_on_top_of_every_solver(name: str, weight_method: Recipe, small: LoadedModel) -> None:
-    if weight_method.solver is None:
-        pytest.skip(f"{name} is a wrapper itself")
+def test_low_rank_terms_go_on_top_of_every_other_method(name: str, weight_method: Recipe, small: LoadedModel) -> None:
+    if name == "qera":
+        pytest.skip("it stands in a chain once")
     bits, chain = widths(weight_method).start, recipe_of(name, "qera")
     base = run(small, weight_method, bits, allowed(chain)[0], sequential=False)
     made = run(small, chain, bits, allowed(chain)[0], sequential=False)

@@ -105,6 +105,18 @@ def test_mask_with_ties_and_dead_inputs() -> None:
     assert not salient_columns(torch.ones(5), 0.0).any() and salient_columns(torch.ones(5), 1.0).all()
 
 
+def test_mask_is_of_the_statistic_that_was_asked_for() -> None:
+    """Both may be there: a term on top of this method can ask for its own."""
+    problem = toy(width=4)
+    problem.linears = {"up": problem.linears["up"]}
+    both = InputStatistics(tokens=1, max_abs=torch.tensor([4.0, 3, 2, 1]), mean_abs=torch.tensor([1.0, 2, 3, 4]))
+    problem.statistics = {"up": both}
+    for by, first in (("max", True), ("mean", False)):
+        result = PTQ161(epochs=0, salient_by=by).quantize_block(problem)["up"]  # type: ignore[arg-type]
+        assert isinstance(result, PartlyBinary)
+        assert result.salient.tolist() == [first, False, False, not first]
+
+
 def test_closed_form_by_hand() -> None:
     """Column 3 is salient. mu = (1 - 2 + 4) / 3 = 1, alpha = 7 / 3; 1 is not below mu, so its sign is +."""
     weight = torch.tensor([[1.0, -2.0, 4.0, 6.0]])

@@ -244,6 +244,15 @@ def test_stored_bytes(rows: int, groups: int, bits: int, rank: int, symmetric: b
     assert torch.equal(rebuilt, made.dequantize())
 
 
+def test_a_term_on_top_of_a_term_is_stored_beside_it() -> None:
+    weight, inputs = layer()
+    inner = QERA(rank=3).wrap(weight, Grid(bits=3).quantize(weight), inputs)
+    outer = QERA(rank=2).wrap(weight, inner, inputs)
+    packed = outer.packed()
+    assert outer.stored_bytes() == sum(t.numel() * t.element_size() for t in packed.values())
+    assert packed["weight_left"].shape == (24, 3) and packed["weight_left_1"].shape == (24, 2)
+
+
 def test_broken_inputs_are_errors() -> None:
     weight, inputs = layer()
     base = Grid(bits=4).quantize(weight)
@@ -267,7 +276,7 @@ def test_options() -> None:
         build_method("qera", {"rank": 0})
     recipe = parse_recipe("qera+gptq")
     assert recipe.name == "gptq+qera" and recipe.wrappers == (QERA(),) and recipe.solver == GPTQ()
-    assert parse_recipe({"qera": {"rank": 8}}).solver is None
+    assert parse_recipe({"qera": {"rank": 8}}).name == "rtn+qera"
 
 
 def quantize(

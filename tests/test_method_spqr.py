@@ -107,6 +107,7 @@ def test_threshold_zero_keeps_every_weight() -> None:
     assert result.notes["outliers"] > 0.9
     half = run(weight, hessian, Grid(bits=2, group_size=8), outlier_threshold=0.0)
     assert 0 < (half.dequantize() - weight).abs().max() < 1e-2  # rounded to 16 bit, and that error is fed back
+    assert half.notes["loss"] == pytest.approx(loss(weight, half.dequantize(), damped(hessian)), rel=0.01)
 
 
 def test_lower_thresholds_keep_more_and_lose_less() -> None:
@@ -353,6 +354,10 @@ def test_stored_bytes_and_round_trip(
     start = 16 if rows > 16 else 0
     stop = rows - 1 if rows - start > 1 else rows
     part = result.row_range(start, stop)
+    assert part.outliers is None or (part.outliers.starts[0], part.outliers.starts[-1]) == (
+        0,
+        len(part.outliers.values),
+    )
     assert torch.equal(part.dequantize(), result.dequantize()[start:stop])
     assert part.stored_bytes() == sum(t.numel() * t.element_size() for t in part.packed().values())
 

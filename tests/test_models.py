@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qfarm.errors import NonFinite
+from qfarm.models.architecture import absorbs_scale
 from qfarm.models.load import LoadedModel, load
 from qfarm.models.reference import resolve
 from qfarm.walk import capture
@@ -112,3 +113,18 @@ def test_broken_checkpoints_are_refused(tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NonFinite, match=r"layers\.1\.mlp\.up_proj"):
         loaded(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "roles", "expected"),
+    [
+        ({"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}, ("o",), False),
+        ({"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 4}, ("o",), True),
+        ({"model_type": "llama", "num_attention_heads": 4}, ("q", "k", "v"), True),
+        ({"model_type": "opt", "activation_function": "relu", "do_layer_norm_before": True}, ("down",), True),
+        ({"model_type": "opt", "activation_function": "gelu", "do_layer_norm_before": True}, ("down",), False),
+        ({"model_type": "opt", "activation_function": "relu", "do_layer_norm_before": False}, ("up",), False),
+    ],
+)
+def test_what_can_absorb_a_scale(config: dict[str, object], roles: tuple[str, ...], expected: bool) -> None:
+    assert absorbs_scale(config, roles) is expected
