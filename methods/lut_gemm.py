@@ -47,7 +47,7 @@ from qfarm.inputs import InputStatistics, Statistic
 from qfarm.quantized import UniformWeight, pack_bits, packed_words
 from qfarm.quantizer import Grid
 from qfarm.recipe import STRICT, WeightSolver
-from qfarm.solver import Factor, factorise, solve
+from qfarm.solver import Factor, factorise, group_aware_order, solve
 
 RIDGE = 1e-8
 CHUNK = 1 << 22  # signs held as float32 at a time: 16 MiB
@@ -90,7 +90,7 @@ class LUTGEMM(WeightSolver):
             return plain
         assert inputs is not None and hessian is not None
         size = weight.shape[1] // grid.groups(weight.shape[1])
-        factor = factorise(hessian, group_order(hessian.diagonal(), size), self.damping, DAMPING_INCREMENT)
+        factor = factorise(hessian, group_aware_order(hessian.diagonal(), size), self.damping, DAMPING_INCREMENT)
         result = quantize_with_feedback(weight, hessian.diagonal(), factor, grid, self)
         result.notes["ordinary_error"] = inputs.ordinary_error(weight, result.dequantize())
         result.notes["ordinary_error_without_feedback"] = inputs.ordinary_error(weight, plain.dequantize())
@@ -337,15 +337,6 @@ def importances(diagonal: Tensor | None, groups: int, exponent: float) -> Tensor
     top = grouped.amax(1, keepdim=True)
     powers = torch.where(top > 0, grouped / top, 1.0).pow(exponent)
     return powers / powers.mean(1, keepdim=True)
-
-
-def group_order(diagonal: Tensor, size: int) -> Tensor:
-    """Position in the loop -> column: groups by their largest diag(H), columns by diag(H) inside each."""
-    grouped = diagonal.reshape(-1, size)
-    inside = torch.argsort(grouped, dim=1, descending=True, stable=True)
-    between = torch.argsort(grouped.amax(dim=1), descending=True, stable=True)
-    start = torch.arange(0, len(diagonal), size, device=diagonal.device)
-    return (inside + start[:, None])[between].reshape(-1)
 
 
 def quantize_with_feedback(

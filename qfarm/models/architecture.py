@@ -99,17 +99,17 @@ def linear_shapes(config: Config, reference: str) -> dict[str, tuple[int, int]]:
 
 
 def absorbs_scale(config: Config, roles: tuple[str, ...]) -> bool:
-    """Whether the operator before these layers can absorb a positive factor per input column without changing the model.
+    """Whether the operator before these layers can absorb a positive factor per input column, the model unchanged.
 
-    A norm can when nothing else reads it; `up` before `down` when the MLP is gated or its activation is ReLU; `v` before
-    `o` when every value head has one query head.
+    A norm can when nothing else reads it; `up` before `down` when the MLP is gated or its activation is ReLU; `v`
+    before `o` when every value head has one query head.
     """
     if roles == ("o",):
-        return (config.get("num_key_value_heads") or config["num_attention_heads"]) == config["num_attention_heads"]
+        return config.get("num_key_value_heads") in (None, config["num_attention_heads"])
     if config.get("model_type") != "opt":
         return True
     # Post-norm OPT adds the norm's output to the residual as well.
-    return config["activation_function"] == "relu" if roles == ("down",) else config["do_layer_norm_before"]
+    return config["activation_function"] == "relu" if roles == ("down",) else bool(config["do_layer_norm_before"])
 
 
 def parameter_counts(config: Config, reference: str) -> tuple[int, int]:
