@@ -25,7 +25,6 @@ from qfarm.methods.lut_gemm import (
     decode,
     from_uniform,
     greedy,
-    group_order,
     importances,
     least_squares,
     lookup_table,
@@ -36,6 +35,7 @@ from qfarm.methods.lut_gemm import (
 from qfarm.models.load import LoadedModel
 from qfarm.quantized import pack_bits, unpack_bits
 from qfarm.quantizer import Grid, relative_error
+from qfarm.solver import group_aware_order
 from tests.test_models import loaded
 
 FINE: dict[str, Any] = {"scale_dtype": torch.float32}
@@ -404,7 +404,7 @@ def test_feedback_with_a_diagonal_hessian_changes_nothing() -> None:
     plain = LUTGEMM(importance=2.0).quantize_linear(weight, inputs, grid)
     fed = LUTGEMM(importance=2.0, feedback=True).quantize_linear(weight, inputs, grid)
     torch.testing.assert_close(fed.dequantize(), plain.dequantize(), rtol=1e-4, atol=1e-5)
-    order = group_order(diagonal, 16)
+    order = group_aware_order(diagonal, 16)
     assert (order.reshape(-1, 16) // 16 == order.reshape(-1, 16)[:, :1] // 16).all()
 
 
