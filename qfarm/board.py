@@ -154,6 +154,7 @@ class Board:
             label=task.cell.label,
             job=task.job,
             number=task.number,
+            evaluations=json.dumps([spec.eval_id for spec in task.evaluations]),
             outcome=str(kind),
             stage=attempt.progress[0],
             error=error,

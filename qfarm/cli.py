@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # Before torch is imported: threads that spin while they wait slow down everything else on a small machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Libraries' progress bars would run through the console's own.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         code = group.main(args=arguments, prog_name="qfarm", standalone_mode=False)
     except click.exceptions.Exit as done:

@@ -60,6 +60,7 @@ class AttemptRow:
     label: str = _unit("recipe, scheme, group and seed, for cells that never get a row of their own")
     job: str
     number: int = _unit("1 is the first try of this submission")
+    evaluations: str = _unit("JSON: the eval_ids that it was to run")
     outcome: str = _unit("ok, or the kind of failure")
     stage: str = _unit("the last stage reached")
     error: str | None = _unit("one line", None)

@@ -159,6 +159,7 @@ def run_cell(task: Task, session: Session, report: Progress) -> Outcome:
             label=task.cell.label,
             job=task.job,
             number=task.number,
+            evaluations=json.dumps([spec.eval_id for spec in task.evaluations]),
             outcome=failure or "ok",
             stage=clock.stage,
             error=line,

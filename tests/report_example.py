@@ -91,6 +91,7 @@ def attempt_row(cell_id, **changes) -> AttemptRow:
     row = AttemptRow(
         model="org/model",
         label="gptq w4 g128",
+        evaluations="[]",
         attempt_id=f"attempt-of-{cell_id}",
         cell_id=cell_id,
         job="tiny",

@@ -72,6 +72,7 @@ def attempt_row(attempt_id: str = "a1", cell_id: str = "c1", outcome: str = "ok"
     return AttemptRow(
         model="org/model",
         label="gptq w4 g128",
+        evaluations="[]",
         attempt_id=attempt_id,
         cell_id=cell_id,
         job="job",
