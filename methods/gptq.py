@@ -93,7 +93,7 @@ class GPTQ(WeightSolver):
         rtn_error = inputs.ordinary_error(weight, rtn.dequantize())
         best = me._attempt(weight, inputs, grid)
         if best is None:
-            rtn.notes = {"reason": "the Hessian could not be factored"}
+            rtn.notes = {"reason": "the Hessian could not be factored, or the result was not finite"}
             return rtn
         error = inputs.ordinary_error(weight, best.dequantize())
         if error > rtn_error and self.on_worse == "retry":
@@ -123,17 +123,17 @@ class GPTQ(WeightSolver):
         return best, error
 
     def _attempt(self, weight: Tensor, inputs: InputStatistics, grid: Grid) -> UniformWeight | None:
-        """One GPTQ solution; None when the Hessian cannot be factored."""
+        """One GPTQ solution; None when the Hessian cannot be factored or the result is not finite."""
         hessian = inputs.normalised_hessian if self.token_norm else inputs.hessian
         assert hessian is not None
         order = column_order(hessian.diagonal(), grid.group_size, self)
         try:
             factor = factorise(hessian, order, self.damping, self.damping_increment)
+            return gptq(weight, factor, grid, self)
         except NonFinite:
-            if not bool(torch.isfinite(hessian).all()):
+            if not bool(torch.isfinite(hessian).all() and torch.isfinite(weight).all()):
                 raise  # the model itself is broken: no fallback may hide that
             return None
-        return gptq(weight, factor, grid, self)
 
 
 METHOD = GPTQ

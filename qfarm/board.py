@@ -170,6 +170,8 @@ class Board:
             self._store.publish_attempt(row)
         except StoreFull as full:
             self.stop(one_line(str(full)))
+        except OSError as error:  # a file system that went away is no fault of the cell either
+            self.stop(f"{self._location}: the store cannot be written: {one_line(error)}")
         self._fail(worker, task, attempt, kind, error)
 
     def _fail(self, worker: str, task: Task, attempt: _Attempt, kind: Failure, error: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -17,6 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
+
+from qfarm.errors import InvalidInput
+
+logger = logging.getLogger(__name__)
 
 HASH_BLOCK = 1 << 20
 SETTLED_NS = 2_000_000_000  # a file may change twice within a tick of its file system's clock (FAT: 2 s)
@@ -33,34 +38,50 @@ def entry(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     final = root() / kind / key
     if final.exists():
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{final}.lock"):
+    lock = filelock.FileLock(f"{final}.lock")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise InvalidInput(f"{root()}: the cache cannot be written: {error.strerror}; set QFARM_CACHE") from error
+    try:
         if not final.exists():
             with _aside(final) as part:
                 part.mkdir()
                 make(part)
                 part.rename(final)
+    finally:
+        lock.release()
     return final
 
 
 def publish_file(kind: str, name: str, write: Callable[[Path], None]) -> Path:
     """Write `kind/name` aside and rename it into place, replacing what was there; then trim the kind to its limit."""
-    final = root() / kind / name
+    final, limit = root() / kind / name, _limit()
     final.parent.mkdir(parents=True, exist_ok=True)
     with _aside(final) as part:
         write(part)
         part.replace(final)
-    _trim(final.parent, int(os.environ.get("QFARM_CACHE_LIMIT", DEFAULT_LIMIT)), keep=final)
+    _trim(final.parent, limit, keep=final)
     return final
 
 
+def _limit() -> int:
+    given = os.environ.get("QFARM_CACHE_LIMIT")
+    if not given:
+        return DEFAULT_LIMIT
+    if not given.isdecimal():
+        raise InvalidInput(f'QFARM_CACHE_LIMIT: "{given}" is no number of bytes, such as {DEFAULT_LIMIT}')
+    return int(given)
+
+
 def find_file(kind: str, name: str) -> Path | None:
-    """The cached file, marked as used just now; None if it is not there."""
+    """The cached file, marked as used just now; None if it is not there or cannot be read."""
     path = root() / kind / name
     try:
         os.utime(path)
-    except FileNotFoundError:
-        return None
+    except OSError:  # another's file in a shared cache can be used, though not marked
+        return path if os.access(path, os.R_OK) else None
     return path
 
 
@@ -98,7 +119,7 @@ def file_hash(path: Path) -> str:
     mark = f"{path.resolve()}:{stat.st_size}:{stat.st_ino}:{stat.st_ctime_ns}"
     name = hashlib.sha256(mark.encode()).hexdigest()
     known = root() / "hashes" / name
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         return str(json.loads(known.read_text())["sha256"])
     digest = hashlib.sha256()
     with path.open("rb") as stream:
@@ -107,7 +128,10 @@ def file_hash(path: Path) -> str:
     value = digest.hexdigest()
     if abs(time.time_ns() - stat.st_ctime_ns) < SETTLED_NS:
         return value
-    publish_file("hashes", name, lambda part: _write_json(part, {"sha256": value, "path": str(path)}))
+    try:
+        publish_file("hashes", name, lambda part: _write_json(part, {"sha256": value, "path": str(path)}))
+    except OSError as error:
+        logger.warning("%s: the hash of %s cannot be remembered: %s", root(), path, error.strerror)
     return value
 
 

@@ -154,6 +154,8 @@ class _Run:
             for role in roles:
                 stop = start + linears[role].weight.shape[0]
                 part = whole.row_range(start, stop) if len(roles) > 1 else whole
+                if len(roles) > 1:  # the solver's figures are those of the whole stack
+                    part.notes["solved_with"] = roles
                 results.append(self._finish(index, role, linears[role], part, inputs))
                 start = stop
         return results

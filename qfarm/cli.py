@@ -7,6 +7,7 @@ cells failed for good, 2 bad input, 130 interrupted.
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import shutil
 import sys
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from qfarm.job import Job
     from qfarm.plan import Plan
     from qfarm.store import Store
+
+logger = logging.getLogger(__name__)
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 INVALID_SHOWN = 5  # combinations that cannot be, listed at submission; the plan lists all
@@ -134,17 +137,25 @@ def submit(job: str, address: str | None, local: bool, only: str | None, detach:
 
         address, where = find_address(address, os.environ)
         if address and address.startswith(("http://", "https://")):
-            raise click.exceptions.Exit(_submit_remotely(checked, job, address, only, detach, data))
+            raise click.exceptions.Exit(_submit_remotely(checked, job, address, where, only, detach, data))
     if detach:
         raise InvalidInput("--detach needs an http address")
     raise click.exceptions.Exit(_submit_here(checked, job, address, where, local, only, data))
 
 
-def _submit_remotely(job: Job, path: str, address: str, only: str | None, detach: bool, data: str | None) -> int:
+def _submit_remotely(
+    job: Job, path: str, address: str, where: str, only: str | None, detach: bool, data: str | None
+) -> int:
     from qfarm import remote
 
     remote.require_shared_store(job.file.store)
-    arguments = ["submit", path, *(["--only", only] if only else []), *(["--data", data] if data else [])]
+    arguments = ["submit", remote.path_there(path, Path.cwd(), "copy the job file here, or submit from its folder")]
+    if only:
+        arguments += ["--only", only]
+    if data:
+        remedy = "put the data on the cluster and set QFARM_DATA there"
+        arguments += ["--data", remote.path_there(data, Path.cwd(), remedy)]
+    click.echo(where)
     # Unique, so that the same job can be submitted again to run what is missing.
     submission = f"qfarm-{job.file.name}-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}"
     return remote.submit(address, arguments, Path.cwd(), detach=detach, submission_id=submission)
@@ -156,7 +167,7 @@ def _submit_here(
     from qfarm import driver
     from qfarm.console import Console
     from qfarm.environment import data_folder
-    from qfarm.events import JobStarted, Note
+    from qfarm.events import JobEnded, JobStarted, Note
 
     location = _store_location(job)
     if address:
@@ -186,8 +197,13 @@ def _submit_here(
             console.handle(Note(text=f"and {more} more combinations that cannot be: qfarm plan {path}"))
         for note in planned.notes:
             console.handle(Note(text=note))
-        run = driver.run_local if local else driver.run
-        summary = run(work, settings, console.handle, job_name=job.file.name, store_location=store.location)
+        if work:
+            run = driver.run_local if local else driver.run
+            summary = run(work, settings, console.handle, job_name=job.file.name, store_location=store.location)
+        else:  # what is there already can be seen again without Ray and without a GPU
+            console.handle(Note(text="nothing to run: every result is in the store"))
+            console.handle(JobEnded(finished=0, failed=0, interrupted=False, seconds=0.0))
+            summary = driver.Summary(finished=0, failed=0, interrupted=False)
     if summary.interrupted:
         return INTERRUPTED
     click.echo()
@@ -328,7 +344,10 @@ def _remember(location: str) -> None:
     def write(part: Path) -> None:
         part.write_text(location)
 
-    cache.publish_file("state", "last-store", write)
+    try:
+        cache.publish_file("state", "last-store", write)
+    except OSError as error:  # a convenience: `qfarm report` has to be told the store
+        logger.warning("%s: this store cannot be remembered: %s", cache.root(), error.strerror)
 
 
 def _last_store() -> str:

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from qfarm.errors import InvalidInput
+from qfarm.errors import InvalidInput, QfarmError
 from qfarm.job import Resources
 
 DASHBOARD_PORT = 8265
@@ -126,7 +126,7 @@ def connected(address: str | None) -> Iterator[None]:
     """Ray for the length of a job: the cluster at `address`, or a new one on this machine for None.
 
     A Ray that this process has initialized before is used as it is and left running. Raises InvalidInput when there
-    is no cluster at the address or it refuses us.
+    is no cluster at the address or it refuses us, QfarmError when none can be started here.
     """
     import ray
 
@@ -153,7 +153,11 @@ def _join(address: str | None) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": f"qfarm-{uuid.uuid4().hex[:12]}"}
     if address is None:
         # Named, since ray.init() without an address would follow RAY_ADDRESS.
-        ray.init(address="local", include_dashboard=False, **quiet)
+        try:
+            ray.init(address="local", include_dashboard=False, **quiet)
+        except Exception as error:  # a node that does not come up in time is a plain Exception
+            reason = " ".join(str(error).split()).partition(". ")[0] or type(error).__name__
+            raise QfarmError(f"cannot start Ray on this machine: {reason}; --local runs without it") from error
         return
     parts = urllib.parse.urlsplit(f"//{address}")
     # Ray itself tries for ever.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
 import platform
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ def provenance() -> dict[str, Any]:
         "host": socket.gethostname(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        "command": " ".join(sys.argv),
     }
     if torch.cuda.is_available():
         found |= {
@@ -87,6 +86,22 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def reset_peak_host_bytes() -> None:
+    """Start measuring this process's peak memory anew, where the system allows it (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_host_bytes() -> int | None:
+    """Largest resident memory of this process since the last reset; None where it is not known."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def data_folder(given: str | None) -> str | None:

@@ -8,9 +8,10 @@ It leaves out loading and kernels' start-up, so it is a lower bound in spirit.
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qfarm.job import Job
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from qfarm.store import Store
 
 ASSUMED_GPU_RATE = 1.5e14  # operations per second of one GPU, about 40 % of an A100's dense bfloat16 rate
+FACTOR_BYTES = 52  # per entry of a Hessian while it is factored: six float64 copies and the float32 sum
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -47,16 +49,25 @@ def machine_rate(gpus: float) -> tuple[float, str]:
     return 2 * 512**3 * runs / (time.perf_counter() - started), "measured rate"
 
 
-def history(store: Store | None) -> dict[tuple[str, str], float]:
-    """Median seconds of accepted attempts by (model fingerprint, recipe)."""
+Work = tuple[str, str, str, frozenset[str]]  # fingerprint, recipe, calibration, eval_ids: what takes equally long
+
+
+def work(cell: Mapping[str, Any], eval_ids: Iterable[str]) -> Work:
+    """What two attempts must share for the time of one to predict the other's."""
+    return (cell["fingerprint"], cell["recipe"], json.dumps(cell["calibration"], sort_keys=True), frozenset(eval_ids))
+
+
+def history(store: Store | None) -> dict[Work, float]:
+    """Median seconds of successful attempts, by the work they did."""
     if store is None:
         return {}
-    cells = store.read("cells", columns=["cell_id", "fingerprint", "recipe"]).to_pylist()
-    axes = {row["cell_id"]: (row["fingerprint"], row["recipe"]) for row in cells}
-    seconds: dict[tuple[str, str], list[float]] = {}
-    for row in store.read("attempts", columns=["cell_id", "outcome", "wall_s"]).to_pylist():
-        if row["outcome"] == "ok" and row["cell_id"] in axes:
-            seconds.setdefault(axes[row["cell_id"]], []).append(row["wall_s"])
+    cells = store.read("cells", columns=["cell_id", "spec"]).to_pylist()
+    specs = {row["cell_id"]: json.loads(row["spec"]) for row in cells}
+    seconds: dict[Work, list[float]] = {}
+    for row in store.read("attempts", columns=["cell_id", "outcome", "wall_s", "evaluations"]).to_pylist():
+        if row["outcome"] == "ok" and row["cell_id"] in specs:
+            done = json.loads(row["evaluations"] or "[]")
+            seconds.setdefault(work(specs[row["cell_id"]], done), []).append(row["wall_s"])
     return {key: statistics.median(values) for key, values in seconds.items()}
 
 
@@ -64,26 +75,26 @@ def estimate(
     job: Job,
     cell: Cell,
     facts: ModelFacts,
-    evaluators: Sequence[Any],
-    past: Mapping[tuple[str, str], float],
+    evaluators: Mapping[str, Any],
+    past: Mapping[Work, float],
     rate: tuple[float, str],
 ) -> Estimate:
-    """Seconds and device memory of one cell with these evaluations still to run."""
+    """Seconds and device memory of one cell with these evaluations (by eval_id) still to run."""
     linear, tables = facts.parameters
     size = DTYPE_BYTES[cell.dtype]
     hidden = facts.config["hidden_size"]
     shapes = facts.linear_shapes.values()
     layers = facts.config["num_hidden_layers"]
-    operations = sum(2.0 * evaluator.tokens() * (linear + tables) for evaluator in evaluators)
+    operations = sum(2.0 * evaluator.tokens() * (linear + tables) for evaluator in evaluators.values())
     # Originals are kept beside the quantized weights so that the next cell starts from them.
     memory = (linear * (1 if cell.is_baseline else 2) + tables) * size
     if cell.calibration:
         tokens = cell.calibration["samples"] * cell.calibration["length"]
         operations += 4.0 * tokens * linear
         operations += layers * sum(2.0 * tokens * n * n for n in {n for _, n in shapes})
-        memory += tokens * hidden * size + 5 * 4 * max(n for _, n in shapes) ** 2
+        memory += tokens * hidden * size + FACTOR_BYTES * max(n for _, n in shapes) ** 2
     if "weight" in parse_scheme(cell.scheme).sites and cell.calibration:
         operations += layers * sum(2.0 * m * n * n for m, n in shapes)
-    known = past.get((cell.fingerprint, cell.recipe))
+    known = past.get(work(dataclasses.asdict(cell), evaluators))
     seconds = known if known is not None else operations / rate[0]
     return Estimate(seconds=seconds, device_bytes=int(memory), source="store" if known is not None else rate[1])

@@ -37,7 +37,7 @@ class Resources(pydantic.BaseModel):
     """What one worker takes. On a machine without GPUs say `gpus: 0`."""
 
     model_config = FORBID
-    gpus: float = pydantic.Field(1, ge=0, allow_inf_nan=False)
+    gpus: float = pydantic.Field(1, ge=0, le=1, allow_inf_nan=False)
     cpus: int = pydantic.Field(1, ge=1)
     workers: int | None = pydantic.Field(None, ge=1, description="at most so many workers; default: all that fit")
 

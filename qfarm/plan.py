@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from qfarm.errors import Failure, Unavailable
+from qfarm.errors import Failure, JobError, Unavailable
 from qfarm.estimate import Estimate, estimate, history, machine_rate
 from qfarm.evaluate import Evaluator, eval_id
 from qfarm.job import Job
@@ -39,6 +39,7 @@ class Task:
     attempt_id: str
     number: int  # 1 is the first try of this submission
     data: str | None  # folder of the data pack
+    command: str = ""  # the command line of the submission
     shrink: int = 0  # earlier attempts that ran out of memory: batches are halved so often
 
 
@@ -112,6 +113,8 @@ def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisio
             return f"{PROVISIONAL}{name}/{part}"
 
     matrix = expand(job, facts, lambda name: hash_of(name, "calibration"))
+    for cell in matrix.cells:
+        _refuse_long_windows(job, cell, facts(cell.model))
     finished = store.finished_evaluations() if store else frozenset()
     quantized = store.finished_cells() if store else frozenset()
     past, rate = history(store), machine_rate(job.file.resources.gpus)
@@ -119,7 +122,8 @@ def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisio
     for cell in matrix.cells:
         specs = [_spec(evaluator, cell, hash_of) for evaluator in job.evaluations]
         done = [cell.cell_id in quantized and (cell.cell_id, spec.eval_id) in finished for spec in specs]
-        missing = [evaluator for evaluator, known in zip(job.evaluations, done, strict=True) if not known]
+        pairs = zip(specs, job.evaluations, done, strict=True)
+        missing = {spec.eval_id: evaluator for spec, evaluator, known in pairs if not known}
         planned.append(
             PlannedCell(
                 cell=cell,
@@ -129,6 +133,19 @@ def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisio
             )
         )
     return Plan(job=job, cells=tuple(planned), invalid=matrix.invalid, notes=(*matrix.notes, *notes))
+
+
+def _refuse_long_windows(job: Job, cell: Cell, facts: ModelFacts) -> None:
+    """Beyond its positions a model gives numbers that mean nothing, or fails."""
+    limit = facts.config.get("max_position_embeddings")
+    if limit is None:  # not in the table of known models
+        return
+    asked = [(evaluator.label, evaluator.window or 0) for evaluator in job.evaluations]
+    if cell.calibration:
+        asked.append(("calibration", cell.calibration["length"]))
+    for what, length in asked:
+        if length > limit:
+            raise JobError(f"{job.path}: {what}: {length} tokens at once, but {cell.model} reads at most {limit}")
 
 
 def _spec(evaluator: Evaluator, cell: Cell, hash_of: Any) -> EvaluationSpec:

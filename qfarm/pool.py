@@ -304,10 +304,13 @@ class Pool:
 
     def _end_silent(self) -> None:
         """A worker without a heartbeat hangs, or its node is cut off; either way its cell goes to another."""
-        if self._deaf:
+        if self._deaf or not self._silent():
             return
-        silent = self._board.scheduler.silent(time.monotonic(), self._settings.silence_s)
-        names = {name for _, name in silent}
+        # Perhaps it was us who stood still (a stopped process, a slow file system); then signs of life lie unread.
+        self._empty_inbox()
+        if self._deaf or self._letters is not None:
+            return  # the inbox did not answer, so nobody can tell
+        names = self._silent()
         for worker in [worker for worker in self._workers if worker.name in names]:
             assert worker.task is not None
             kind = kind_of_death(worker.hello, None)
@@ -316,6 +319,11 @@ class Pool:
             text = f"no sign of life for {self._settings.silence_s:g} s"
             self._board.lost(worker.name, task, worker.place, kind, text, None)
             self._dismiss(worker)
+
+    def _silent(self) -> set[str]:
+        """Workers whose last sign of life that was read is too old."""
+        silent = self._board.scheduler.silent(time.monotonic(), self._settings.silence_s)
+        return {name for _, name in silent}
 
     def _complain(self) -> None:
         """Say once what is being waited for when no worker comes."""

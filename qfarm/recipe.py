@@ -20,7 +20,7 @@ import importlib
 import importlib.metadata
 import pkgutil
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -180,8 +180,13 @@ class Recipe:
         return [{"name": m.name, "version": m.version, "options": m.options()} for m in self.methods]
 
     @staticmethod
-    def from_specs(specs: Iterable[Mapping[str, Any]]) -> Recipe:
-        return Recipe(tuple(build_method(spec["name"], spec["options"]) for spec in specs))
+    def from_specs(specs: Sequence[Mapping[str, Any]]) -> Recipe:
+        """Raises InvalidInput when this code's version of a method is not the one that was planned."""
+        methods = tuple(build_method(spec["name"], spec["options"]) for spec in specs)
+        for method, spec in zip(methods, specs, strict=True):
+            if method.version != spec["version"]:
+                raise InvalidInput(f"{method.name}: version {method.version} here, {spec['version']} in the plan")
+        return Recipe(methods)
 
 
 def method_names() -> list[str]:

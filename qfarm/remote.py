@@ -73,13 +73,32 @@ def submit(
 
 
 def require_shared_store(store: str) -> None:
-    """Refuse a relative store: the job runs in a folder of the cluster that is deleted later. Raises InvalidInput."""
-    if urllib.parse.urlsplit(store).scheme or os.path.isabs(store):
+    """Refuse a store that the cluster's machines cannot share. Raises InvalidInput.
+
+    A relative one would lie in a folder of the cluster that is deleted later.
+    """
+    if "://" in store:
+        problem = "object stores are not supported yet"
+    elif not os.path.isabs(store):
+        problem = "is relative, and the job does not run on this machine"
+    else:
         return
     raise InvalidInput(
-        f'store: "{store}" is relative, and the job does not run on this machine; '
-        "give an absolute path that all machines of the cluster share, or a URL such as s3://bucket/folder"
+        f'store: "{store}" {problem}; give an absolute path on a file system that all machines of the cluster share'
     )
+
+
+def path_there(given: str, working_dir: Path, remedy: str) -> str:
+    """A path of this machine as the job knows it, relative to the working directory that travels with it.
+
+    Raises InvalidInput, which ends with `remedy`, for a path outside.
+    """
+    path = Path(given).expanduser()
+    for found, folder in ((path.absolute(), working_dir.absolute()), (path.resolve(), working_dir.resolve())):
+        relative = os.path.relpath(found, folder)
+        if relative.split(os.sep)[0] != os.pardir:
+            return relative
+    raise InvalidInput(f"{given}: outside the current folder, which is all that is sent to the cluster; {remedy}")
 
 
 def check_upload(folder: Path) -> None:

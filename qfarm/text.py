@@ -111,9 +111,12 @@ def _rows(source: _HubSet, data: str | None, name: str) -> list[str]:
         options: dict[str, Any] = {"split": source.split}
         if source.data_file:
             options["data_files"] = {source.split: source.data_file}
+            options["revision"] = _hub_commit(source)
         else:
             options["name"] = source.name
         return list(datasets.load_dataset(source.path, **options)["text"])
+    except Unavailable:
+        raise
     except Exception as error:  # datasets raises the errors of several HTTP and file layers
         raise Unavailable(missing(source, name, error)) from error
 
@@ -176,19 +179,22 @@ def _read_rows(path: Path) -> list[str]:
 
 
 def _hub_identity(source: _HubSet) -> str:
+    return f"hub:{source.path}@{_hub_commit(source)}:{source.data_file}"
+
+
+def _hub_commit(source: _HubSet) -> str:
     """Commit of the hub's data set, or of the cached copy when the hub is out of reach."""
     import huggingface_hub
     from huggingface_hub.constants import HF_HUB_CACHE
 
     try:
-        commit = huggingface_hub.HfApi().dataset_info(source.path).sha
+        return str(huggingface_hub.HfApi().dataset_info(source.path).sha)
     except Exception as error:  # the client raises its HTTP library's errors too
         folder = Path(HF_HUB_CACHE) / f"datasets--{source.path.replace('/', '--')}"
         cached = folder / "refs" / "main"
         if not cached.is_file():
             raise Unavailable(missing(source, "c4", error)) from error
-        commit = cached.read_text().strip()
-    return f"hub:{source.path}@{commit}:{source.data_file}"
+        return cached.read_text().strip()
 
 
 # -- documents --------------------------------------------------------------------------------------------------------

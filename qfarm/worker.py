@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import json
 import os
-import resource
 import socket
 import time
 import traceback
@@ -30,7 +29,7 @@ from qfarm.recipe import Recipe, WeightSolver, build_method
 from qfarm.record import AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow
 from qfarm.scheme import UNTOUCHED, parse_scheme
 from qfarm.store import Store
-from qfarm.text import load_text
+from qfarm.text import Part, load_text, text_hash
 from qfarm.walk import BATCH_TOKENS
 from qfarm.windows import Windows, calibration_windows, evaluation_windows
 
@@ -46,10 +45,12 @@ class Session:
         self.cell: Cell
         self.shrink = 0  # how often batches are halved, after attempts that ran out of memory
         self.notes: list[str] = []
-        self._key: tuple[str, str] | None = None  # fingerprint and dtype of the loaded model
+        self.baseline_states: dict[str, Any] = {}  # open files of baselines' hidden states, by evaluation
+        self._key: tuple[str, str, str] | None = None  # fingerprint, tokenizer and dtype of the loaded model
         self._loaded: LoadedModel | None = None
         self._facts: dict[str, ModelFacts] = {}
         self._windows: dict[tuple[Any, ...], Any] = {}
+        self._hashes: dict[tuple[str, Part], str] = {}
 
     @property
     def loaded(self) -> LoadedModel:
@@ -66,27 +67,33 @@ class Session:
 
     def begin(self, cell: Cell, shrink: int = 0) -> None:
         """Make the cell's original model ready. Raises InvalidInput when the model is no longer what was planned."""
-        self.cell, self.shrink, self.notes = cell, shrink, []
+        self.cell, self.shrink, self.notes, self.baseline_states = cell, shrink, [], {}
         if shrink:
-            self.note(f"batches halved {shrink} times after running out of memory; last bits of losses may differ")
-        if self._key == (cell.fingerprint, cell.dtype):
+            self.note(f"batches halved up to {shrink} times after running out of memory; last bits may differ")
+        key = (cell.fingerprint, cell.tokenizer, cell.dtype)
+        if self._key == key:
             self.loaded.restore()
             return
         self._key, self._loaded, self._windows = None, None, {}
         if cell.model not in self._facts:
             self._facts[cell.model] = resolve(cell.model)
         facts = self._facts[cell.model]
-        if facts.fingerprint != cell.fingerprint:
-            planned = f"the job was planned with {cell.fingerprint}"
-            raise InvalidInput(f"{cell.model}: this machine has {facts.fingerprint}, {planned}")
+        _require_same(f"model {cell.model}", facts.fingerprint, cell.fingerprint)
+        _require_same(f"tokenizer of {cell.model}", facts.tokenizer, cell.tokenizer)
         self._loaded = load(facts, cell.dtype, self.device)
-        self._key = (cell.fingerprint, cell.dtype)
+        self._key = key
         # Methods may replace the head's weight, but what compares with the baseline needs the original.
         self._head = (self._loaded.head.weight, self._loaded.head.bias)
 
     def baseline_head(self, hidden: Tensor) -> Tensor:
         """Logits of the original model for its final hidden states."""
         return nn.functional.linear(hidden, *self._head)
+
+    def require_text(self, name: str, part: Part, planned: str) -> None:
+        """Refuse a text that is not the one that the job was planned with: another pack, another Python."""
+        if (name, part) not in self._hashes:
+            self._hashes[name, part] = text_hash(name, part, self.data)
+        _require_same(f"text {name} ({part})", self._hashes[name, part], planned)
 
     def windows(self, text: str, length: int, limit: int | None) -> Windows:
         """Evaluation windows, tokenized once per model."""
@@ -102,12 +109,18 @@ class Session:
         plan, seed = self.cell.calibration, self.cell.seed
         assert plan is not None and seed is not None
         key = ("calibration", plan["source"], plan["samples"], plan["length"], seed)
+        self.require_text(plan["text"], "calibration", plan["source"])
         if key not in self._windows:
             corpus = load_text(plan["text"], "calibration", self.data)
             drawn = calibration_windows(corpus, self.loaded.tokenizer, plan["samples"], plan["length"], seed)
             self._windows[key] = drawn
         found: Tensor = self._windows[key]
         return found
+
+
+def _require_same(what: str, here: str, planned: str) -> None:
+    if here != planned:
+        raise InvalidInput(f"{what}: this machine has {here}, the job was planned with {planned}")
 
 
 class _Clock:
@@ -137,6 +150,7 @@ def run_cell(task: Task, session: Session, report: Progress) -> Outcome:
     store = Store.open(task.store)
     clock = _Clock(report)
     started, began = _now(), time.perf_counter()
+    environment.reset_peak_host_bytes()
     if session.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     failure: Failure | None = None
@@ -169,10 +183,11 @@ def run_cell(task: Task, session: Session, report: Progress) -> Outcome:
             started=started,
             wall_s=seconds,
             stages=json.dumps(clock.seconds),
-            peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_host_bytes=environment.peak_host_bytes(),
             peak_gpu_bytes=torch.cuda.max_memory_allocated() if session.device.type == "cuda" else None,
             notes=json.dumps(session.notes),
-            provenance=json.dumps(environment.provenance()),
+            # A Ray worker's own command line says nothing, and may carry secrets of the cluster.
+            provenance=json.dumps(environment.provenance() | {"command": task.command}),
         )
     )
     return Outcome(
@@ -192,7 +207,9 @@ def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: lis
         session.begin(cell, task.shrink)
     evaluators = [(spec, build_evaluator(spec.name, spec.options)) for spec in task.evaluations]
     with clock("prepare"):
-        for _, evaluator in evaluators:
+        for spec, evaluator in evaluators:
+            for name, part in evaluator.texts():
+                session.require_text(name, part, spec.protocol["texts"][f"{name}/{part}"])
             evaluator.prepare(session)
     with clock("quantize" if cell.calibration is None else "calibrate + quantize") as progress:
         layers = quantize_cell(session, progress)

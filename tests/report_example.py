@@ -35,7 +35,19 @@ class FakeStore:
             found = found.filter(pc.is_in(found["cell_id"], pc.cast(list(cell_ids), "string")))
         return found if columns is None else found.select(list(columns))
 
-    def add(self, cell, losses, tokens, *, eval_id="e" * 16, protocol=PROTOCOL, label=LABEL, metrics=None, pieces=None):
+    def add(
+        self,
+        cell,
+        losses,
+        tokens,
+        *,
+        eval_id="e" * 16,
+        protocol=PROTOCOL,
+        label=LABEL,
+        metrics=None,
+        pieces=None,
+        attempt_id=None,
+    ):
         """One evaluation: losses [piece], one window and one cluster each unless `pieces` says otherwise."""
         pieces = pieces or [(f"document {i}", i, f"article {i}") for i in range(len(losses))]
         self.rows["documents"] += [
@@ -51,7 +63,7 @@ class FakeStore:
             MetricRow(
                 **{"metric": name, "value": value, "unit": units.get(name, "fraction of tokens"), "better": "lower"},
                 **{"n": len(losses), "clusters": len({c for _, _, c in pieces}), "cell_id": cell.cell_id},
-                **{"eval_id": eval_id, "attempt_id": cell.attempt_id, "evaluation": label},
+                **{"eval_id": eval_id, "attempt_id": attempt_id or cell.attempt_id, "evaluation": label},
                 **{"protocol": json.dumps(protocol), "created": "2026-11-21T00:00:00Z"},
             )
             for name, value in values.items()
@@ -60,7 +72,7 @@ class FakeStore:
 
 def cell_row(cell_id, recipe, scheme, **changes) -> CellRow:
     bits = 16.0 if scheme == "w16" else 4.25
-    options = changes.pop("options", {})
+    options, variant = changes.pop("options", {}), changes.pop("variant", "")
     row = CellRow(
         cell_id=cell_id,
         attempt_id=f"attempt-of-{cell_id}",
@@ -75,7 +87,7 @@ def cell_row(cell_id, recipe, scheme, **changes) -> CellRow:
         scale_dtype="float16",
         dtype="bfloat16",
         statistics="sequential" if recipe == "gptq" else None,
-        spec=json.dumps({"methods": [{"name": recipe, "version": 1, "options": options}]}),
+        spec=json.dumps({"methods": [{"name": recipe, "version": 1, "options": options}], "variant": variant}),
         linear_bits=bits,
         model_bits=bits + 1,
         linear_bytes=66_000_000,
@@ -135,7 +147,8 @@ def example(documents=30) -> Example:
             FAILED, outcome="oom", stage="quantize", error="CUDA out of memory", traceback="Traceback\n  line 1"
         )
     )
-    figures_of = {"kl": 0.0316, "kl_reverse": 0.04, "top1_agreement": 0.903, "lost": 0.02, "gained": 0.01}
+    figures_of = {"kl": 0.0316, "kl_reverse": 0.04, "top1_agreement": 0.903}
+    figures_of |= {"flips": 0.03, "lost": 0.02, "gained": 0.01}
     store.add(cells[0], base, tokens, metrics={"top1_accuracy": 0.45})
     store.add(cells[1], rtn, tokens, metrics={"top1_accuracy": 0.43, **figures_of})
     store.add(cells[2], gptq, tokens, metrics={"top1_accuracy": 0.44, **figures_of})

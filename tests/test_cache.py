@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from qfarm import cache
+from qfarm.errors import InvalidInput
 
 SPAWN = multiprocessing.get_context("spawn")
 YEAR = 365 * 86400
@@ -185,6 +186,20 @@ def test_what_others_are_writing_is_not_removed(monkeypatch: pytest.MonkeyPatch)
     assert {path.name for path in folder.iterdir()} == {"b", ".b.5.part", "c.lock", "entry"}
 
 
+@pytest.mark.parametrize("limit", ["64G", "-1", "1e9"])
+def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setenv("QFARM_CACHE_LIMIT", limit)
+    with pytest.raises(InvalidInput, match=f'QFARM_CACHE_LIMIT: "{limit}" is no number of bytes'):
+        put("a", 1, age=0)
+
+
+def test_a_root_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QFARM_CACHE", "/dev/null/x")
+    assert cache.find_file("kind", "a") is None
+    with pytest.raises(InvalidInput, match="/dev/null/x: the cache cannot be written: Not a directory; set QFARM_CA"):
+        cache.entry("kind", "key", never)
+
+
 # -- hashes of files --------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +261,17 @@ def test_a_file_that_took_anothers_place_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "b").write_text("CONTENT")
     (tmp_path / "b").replace(path)
     assert cache.file_hash(path) == sha256(path)
+
+
+@pytest.mark.usefixtures("later")
+def test_a_hash_that_cannot_be_remembered_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("QFARM_CACHE", "/dev/null/x")
+    path = tmp_path / "a"
+    path.write_text("content")
+    assert cache.file_hash(path) == sha256(path)
+    assert "cannot be remembered: Not a directory" in caplog.text
 
 
 def test_a_file_that_changes_right_now_is_not_remembered(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import pytest
 
 import qfarm
-from qfarm import cli
+from qfarm import cli, driver, remote
 from qfarm.job import load_job
 from qfarm.matrix import Cell
 from qfarm.plan import EvaluationSpec, make_plan
@@ -335,6 +335,68 @@ def test_the_last_store_is_remembered(run: Run, job: Path) -> None:
     )
     Path("out").rename("gone")
     assert error(run("report")).startswith(f"{store.location}: no such store")
+
+
+@pytest.mark.parametrize("command", [("report",), ("show", "abc"), ("store", "check")])
+def test_a_cache_that_cannot_be_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str]) -> None:
+    monkeypatch.setenv("QFARM_CACHE", "/dev/null/x")
+    assert error(run(*command)).startswith("no store named and none remembered")
+
+
+def test_a_store_that_cannot_be_remembered_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("QFARM_CACHE", "/dev/null/x")
+    cli._remember("/store")
+    assert [record.getMessage() for record in caplog.records] == [
+        "/dev/null/x: this store cannot be remembered: Not a directory"
+    ]
+
+
+def test_a_limit_of_the_cache_that_is_no_number(run: Run, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QFARM_CACHE_LIMIT", "64G")
+    assert error(run("submit", "small.yaml", "--local")).startswith('QFARM_CACHE_LIMIT: "64G" is no number of bytes')
+
+
+# -- submit -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [(), ("--local",), ("--address", "h:6379")])
+def test_with_nothing_to_run_nothing_is_started(
+    run: Run, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: tuple[str, ...]
+) -> None:
+    job.write_text(job.read_text().replace("store: out", f"store: {tmp_path}/out").replace("gpus: 0", "gpus: 1"))
+    store = Store.open("out", create=True)
+    for item in make_plan(load_job(job), None, None).cells:
+        publish(store, item.cell, item.missing)
+    for name in ("run", "run_local"):
+        monkeypatch.setattr(driver, name, pytest.fail)
+    monkeypatch.setattr(cli, "_print_report", lambda *_: click.echo("the report"))
+    ran = run("submit", "small.yaml", *how)
+    assert ran.code == 0 and ran.out.endswith("the report\n")
+    assert "nothing to run: every result is in the store" in ran.out + ran.err
+
+
+def test_a_remote_submission_sends_relative_paths_and_says_where(
+    run: Run, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.write_text(job.read_text().replace("store: out", "store: /shared/out"))
+    sent: list[Any] = []
+
+    def submit(address: str, arguments: list[str], folder: Path, **_: object) -> int:
+        sent.append((address, arguments, folder))
+        return 0
+
+    monkeypatch.setattr(remote, "submit", submit)
+    ran = run("submit", str(job), "--address", "http://h:8265", "--data", str(tmp_path / "pack"))
+    assert (ran.code, ran.out) == (0, "cluster at http://h:8265\n")
+    assert sent == [("http://h:8265", ["submit", "small.yaml", "--data", "pack"], tmp_path)]
+    message = error(run("submit", str(job), "--address", "http://h:8265", "--data", "/data"))
+    assert message.startswith("/data: outside the current folder")
+    assert message.endswith("; put the data on the cluster and set QFARM_DATA there")
+    job.write_text(job.read_text().replace("/shared/out", "s3://bucket/out"))
+    assert "object stores are not supported yet" in error(run("submit", str(job), "--address", "http://h:8265"))
+    assert len(sent) == 1
 
 
 # -- imports ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -515,6 +516,46 @@ def make_board(store: FakeStore, events: list[Event], retries: int = 1) -> Board
 PLACE = Place(worker="pid 1", node="n")
 
 
+@pytest.mark.parametrize(("heard", "dies"), [(True, False), (False, True), (None, False)])
+def test_unread_signs_of_life_count_when_the_driver_stood_still(monkeypatch, heard: bool | None, dies: bool):
+    """`heard` is None when the inbox does not answer."""
+    events: list[Event] = []
+    board = make_board(FakeStore(), events)
+    task = board.next_task("w1")
+    stalled = time.monotonic() + 1000
+    monkeypatch.setattr(pool.time, "monotonic", lambda: stalled)
+    messages = [Message(attempt_id=task.attempt_id, stage="", done=0, total=0)] if heard else []
+    monkeypatch.setattr(pool.ray, "wait", lambda letters, timeout: ([] if heard is None else letters, []))
+    monkeypatch.setattr(pool.ray, "get", lambda letters, timeout: messages)
+    monkeypatch.setattr(pool.ray, "kill", lambda actor, no_restart: None)
+    monkeypatch.setattr(pool.ray, "nodes", lambda: [])
+    farmed = object.__new__(pool.Pool)
+    farmed._board, farmed._settings, farmed._deaf, farmed._departed = board, Settings(), False, []
+    farmed._inbox, farmed._letters = SimpleNamespace(take=SimpleNamespace(remote=lambda: "letters")), None
+    worker = pool._Worker(name="w1", actor=None, answer=None, hello=HELLO, task=task)
+    farmed._workers = [worker]
+    farmed._end_silent()
+    assert [event.kind for event in events if isinstance(event, Failed)] == ([Failure.HUNG] if dies else [])
+    assert farmed._workers == ([] if dies else [worker])
+
+
+def test_a_store_that_went_away_stops_the_job_like_a_full_one():
+    board = make_board(FakeStore(OSError(116, "Stale file handle")), [])
+    board.lost("w1", board.next_task("w1"), PLACE, Failure.WORKER_DIED, "gone", None)
+    assert board.stopped == "/s: the store cannot be written: OSError: [Errno 116] Stale file handle"
+
+
+def test_a_ray_that_does_not_start_here_is_one_line(monkeypatch):
+    import ray
+
+    def fail(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nMore. And more")
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(QfarmError, match="cannot start Ray on this machine: The current node timed out .*; --local"):
+        cluster._join(None)
+
+
 def test_a_store_that_is_full_for_the_drivers_own_row_stops_the_job():
     events: list[Event] = []
     board = make_board(FakeStore(StoreFull("/s: full")), events)
@@ -707,9 +748,23 @@ def test_some_other_web_server_is_one_line(tmp_path: Path):
         server.shutdown()
 
 
-@pytest.mark.parametrize("store", ["/data/results", "s3://bucket/x", "file:///data"])
-def test_a_shared_store_is_accepted(store: str):
-    remote.require_shared_store(store)
+def test_a_shared_store_is_accepted():
+    remote.require_shared_store("/data/results")
+
+
+@pytest.mark.parametrize("store", ["s3://bucket/x", "file:///data"])
+def test_an_object_store_is_refused(store: str):
+    with pytest.raises(InvalidInput, match="object stores are not supported yet; give an absolute path on a file"):
+        remote.require_shared_store(store)
+
+
+def test_paths_are_sent_relative_to_what_is_sent(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in ("jobs/a.yaml", f"{tmp_path}/jobs/a.yaml", "x/../jobs/a.yaml"):
+        assert remote.path_there(given, tmp_path, "") == "jobs/a.yaml"
+    for given in ("..", "/data", "../x"):
+        with pytest.raises(InvalidInput, match=f"{given}: outside the current folder.*; put it there"):
+            remote.path_there(given, tmp_path, "put it there")
 
 
 @pytest.mark.parametrize("store", ["results", "./results", "~/results"])

@@ -50,7 +50,9 @@ def session(tiny: Path) -> Session:
 
 
 def run(session: Session, **options: Any) -> tuple[dict[str, Metric], Any]:
-    result = Perplexity(**OPTIONS | options).run(session, lambda done, total: None)
+    evaluator = Perplexity(**OPTIONS | options)
+    evaluator.prepare(session)
+    result = evaluator.run(session, lambda done, total: None)
     return {metric.metric: metric for metric in result.metrics}, result.documents
 
 

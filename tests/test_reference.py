@@ -17,7 +17,7 @@ import pytest
 import torch
 from huggingface_hub import errors as hub
 
-from qfarm.errors import InvalidInput, ModelError, QfarmError, Unavailable
+from qfarm.errors import Failure, InvalidInput, ModelError, QfarmError, Unavailable, classify
 from qfarm.models import load as loading
 from qfarm.models.reference import ModelFacts, known_models, resolve
 from tests.conftest import TINY, save_tiny
@@ -114,6 +114,47 @@ def test_folders_that_are_no_model(folder: Path) -> None:
     assert fault(folder) == "config.json is missing"
     config.mkdir()
     assert fault(folder) == "config.json cannot be read: Is a directory"
+
+
+def test_weights_that_are_a_broken_link(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("gone")
+    assert fault(folder) == "model.safetensors cannot be read: No such file or directory"
+
+
+def test_a_broken_folder_is_not_the_hubs_fault(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ModelError, match=f"^{folder}: cannot be loaded: [^\n]+$"):
+        loading.load(resolve(str(folder)), "float32", torch.device("cpu"))
+
+
+def _wrapped() -> Exception:
+    error = OSError("Unable to load weights")
+    error.__context__ = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        OSError(12, "Cannot allocate memory"),
+        _wrapped(),
+    ],
+    ids=["cuda", "cpu", "mmap", "wrapped"],
+)
+def test_a_lack_of_memory_is_not_the_models_fault(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(MemoryError, match="out of memory while loading") as caught:
+        loading.load(resolve(str(tiny)), "float32", torch.device("cpu"))
+    assert classify(caught.value) is Failure.OOM
 
 
 @pytest.mark.parametrize(

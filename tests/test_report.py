@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -239,6 +240,27 @@ def test_namesakes_show_the_options_that_differ(small):
     assert max(map(len, text.splitlines())) <= 80 and "act_order=true" in text
 
 
+def test_a_variant_is_shown_once_and_alone():
+    store = FakeStore()
+    cells = [
+        cell_row("1" * 16, "gptq", "w4", options={"act_order": False, "group_aware": True}),
+        cell_row("2" * 16, "gptq", "w4", options={"act_order": True, "group_aware": False}, variant="act_order=true"),
+        cell_row("3" * 16, "gptq", "w3", options={"act_order": True, "group_aware": False}, variant="act_order=true"),
+    ]
+    for cell in cells:
+        store.rows["cells"].append(cell)
+        store.add(cell, [1.0], [1])
+    names = {row.cell.cell_id[0]: row.name for row in only_table(store).rows}
+    assert names == {"1": "gptq", "2": "gptq act_order=true", "3": "gptq act_order=true"}
+    twin = cell_row("4" * 16, "gptq", "w4", options={"act_order": True, "damp": 0.1}, variant="act_order=true")
+    store.rows["cells"].append(twin)
+    store.add(twin, [1.0], [1])
+    names = {row.cell.cell_id[0]: row.name for row in only_table(store).rows}
+    assert names["1"] == "gptq" and names["3"] == "gptq act_order=true"
+    assert names["4"] == "gptq act_order=true, damp=0.1, group_aware=null"
+    assert names["2"] == "gptq act_order=true, damp=null, group_aware=false"
+
+
 def test_wall_time_and_notes_are_those_of_the_accepted_attempt(small):
     earlier = attempt_row(RTN, attempt_id="earlier", outcome="oom", wall_s=7.0, started="2026-11-20T00:00:00Z")
     accepted = attempt_row(RTN, wall_s=3723.0, notes='["halved the batch"]')
@@ -250,12 +272,27 @@ def test_wall_time_and_notes_are_those_of_the_accepted_attempt(small):
     assert "1h 02m" in text and "rtn w4: halved the batch" in text
 
 
+def test_each_evaluation_has_the_time_of_its_own_attempt(small):
+    """The attempt that published the cell may have evaluated nothing, or something else."""
+    later = attempt_row(RTN, attempt_id="later", wall_s=9.0, notes='["halved the batch"]')
+    small.store.rows["attempts"].append(later)
+    cell = next(cell for cell in small.store.rows["cells"] if cell.cell_id == RTN)
+    small.store.add(cell, small.rtn, small.tokens, eval_id="f" * 16, label="perplexity c4 2048", attempt_id="later")
+    results = load(small.store)
+    found = {(row.wall_s, row.notes) for table in results.tables for row in table.rows if row.cell.cell_id == RTN}
+    assert found == {(125.0, ()), (9.0, ("halved the batch",))}
+
+
 def test_failed_cells_are_listed_by_their_last_attempt(small):
     attempts = small.store.rows["attempts"]
     attempts.append(attempt_row(FAILED, attempt_id="second", number=2, outcome="hung", started="2026-11-22T00:00:00Z"))
     attempts.append(attempt_row(RTN, attempt_id="before", outcome="oom", started="2026-11-20T00:00:00Z"))
     attempts.append(
-        attempt_row(GPTQ, attempt_id="after", outcome="bug", error="KeyError", started="2026-11-22T00:00:00Z")
+        attempt_row(
+            GPTQ,
+            **{"attempt_id": "after", "outcome": "bug", "error": "KeyError", "started": "2026-11-22T00:00:00Z"},
+            evaluations=json.dumps(["e" * 16, "d" * 16]),
+        )
     )
     failed = load(small.store).failed
     assert [(cell.cell_id, cell.kind, cell.label, cell.attempts) for cell in failed] == [
@@ -265,6 +302,24 @@ def test_failed_cells_are_listed_by_their_last_attempt(small):
     lines = render(load(small.store), width=120).splitlines()
     assert "2 cells failed" in lines
     assert f"  bug: 11111111 gptq w4 g64 {MODEL} (2 attempts, last stage done): KeyError" in lines
+
+
+@pytest.mark.parametrize(
+    ("cell_id", "evaluations", "listed"),
+    [
+        (RTN, json.dumps(["e" * 16]), False),
+        (RTN, json.dumps(["e" * 16, "d" * 16]), True),
+        (RTN, "[]", False),
+        (RTN, None, False),
+        ("3333" * 4, "[]", True),
+        ("3333" * 4, None, True),
+    ],
+)
+def test_a_cell_is_failed_only_if_an_evaluation_is_missing(small, cell_id, evaluations, listed):
+    small.store.rows["cells"].append(cell_row("3333" * 4, "rtn", "w3"))
+    last = {"attempt_id": "last", "outcome": "oom", "started": "2026-11-22T00:00:00Z"}
+    small.store.rows["attempts"].append(attempt_row(cell_id, evaluations=evaluations, **last))
+    assert (cell_id in {cell.cell_id for cell in load(small.store).failed}) == listed
 
 
 def test_a_real_store_reads_the_same(small, tmp_path):

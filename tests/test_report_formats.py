@@ -58,6 +58,8 @@ def test_the_same_number_reads_the_same_everywhere():
     cells = [cell.strip().replace("\\", "") for cell in row.strip("|").split(" | ")]
     assert line.split() == " ".join(cells).split()
     assert "%*" in line
+    headings = " ".join(terminal.splitlines()[1].split())
+    assert "right flips lost gained KL back model bits time cell" in headings
 
 
 def test_markdown_tables_are_whole():

@@ -9,7 +9,18 @@ import pytest
 from qfarm.errors import InvalidInput
 from qfarm.record import LayerRow
 from qfarm.report.show import show
-from tests.report_example import FAILED, GPTQ, MODEL, RTN, Example, FakeStore, example, hostile_store
+from tests.report_example import (
+    FAILED,
+    GPTQ,
+    MODEL,
+    RTN,
+    Example,
+    FakeStore,
+    attempt_row,
+    cell_row,
+    example,
+    hostile_store,
+)
 
 
 @pytest.fixture
@@ -48,7 +59,7 @@ def test_show_tells_all(small):
         "layers.7.q",
         "options.length=2048",
         "kl 0.0316 nats per token 30 30",
-        "ok, its result is the one stored",
+        "ok, accepted: quantized and evaluated",
         "load 1.5s, evaluate 1m 39s",
         "qfarm.commit abc",
     ):
@@ -60,6 +71,25 @@ def render_lines(text):
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80
     return lines
+
+
+def test_show_tells_who_quantized_from_who_evaluated():
+    store = FakeStore()
+    cell = cell_row(RTN, "rtn", "w4", attempt_id="first", variant="scales=2")
+    store.rows["cells"].append(cell)
+    store.rows["attempts"] += [
+        attempt_row(RTN, attempt_id=name, outcome=outcome, number=i, provenance=f'{{"commit": "of-{name}"}}')
+        for i, (name, outcome) in enumerate((("first", "oom"), ("second", "ok"), ("third", "ok")), 1)
+    ]
+    store.add(cell, [1.0], [1], attempt_id="second")
+    lines = [" ".join(line.split()) for line in render_lines(show(store, RTN, width=80))]
+    assert lines[0] == f"rtn (scales=2) w4 g64 · {MODEL}"
+    outcomes = [line for line in lines if line.startswith("outcome")]
+    assert outcomes == ["outcome oom, accepted: quantized", "outcome ok, accepted: evaluated", "outcome ok"]
+    assert [line for line in lines if line.startswith(("provenance", "commit"))] == [
+        *("provenance of attempt first", "commit of-first"),
+        *("provenance of attempt second", "commit of-second"),
+    ]
 
 
 def test_show_a_cell_that_never_finished(small):

@@ -271,6 +271,9 @@ def test_what_to_do_about_a_missing_text(tmp_path: Path, name: str, pack: bool) 
         text_hash(name, "evaluation", data)
 
 
+C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
+
+
 def test_what_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -281,11 +284,13 @@ def test_what_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"text": ["a", "b"]}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("qfarm.text._hub_commit", lambda source: "commit")
     assert load_text("wikitext2", "evaluation", None).documents == ("a\n\nb",)
     assert load_text("c4", "calibration", None).documents == ("a", "b")
     assert asked == [
         ("Salesforce/wikitext", {"split": "test", "name": "wikitext-2-raw-v1"}),
-        ("allenai/c4", {"split": "train", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}}),
+        # The shard of the very commit that names the text in a cell's identity.
+        ("allenai/c4", {"split": "train", "data_files": {"train": C4_SHARD}, "revision": "commit"}),
     ]
 
 

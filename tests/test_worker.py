@@ -185,3 +185,52 @@ def test_only_missing_evaluations_run(farm: Farm, tiny: Path) -> None:
     farm.run(4)
     assert {row["cell_id"]: row["attempt_id"] for row in farm.table("cells")} == before  # the first wins
     assert len({row["eval_id"] for row in farm.table("metrics")}) == 2
+
+
+def test_another_tokenizer_is_another_model(farm: Farm, tmp_path: Path, tiny: Path) -> None:
+    """Same weights, another tokenizer: the worker must not go on with the one that it has loaded."""
+    import shutil
+
+    twin = shutil.copytree(tiny, tmp_path / "twin")
+    tokenizer = (twin / "tokenizer.json").read_text()
+    (twin / "tokenizer.json").write_text(tokenizer.replace('"e":68', '"e":70', 1).replace('"e": 68', '"e": 70', 1))
+    assert (twin / "tokenizer.json").read_text() != tokenizer
+    farm.job = make_job(tiny, JOB.replace("{model}", f"{{model}}, {twin}"))
+    first, second = (p.cell for p in farm.plan().cells[:2])
+    assert first.fingerprint == second.fingerprint and first.cell_id != second.cell_id
+    farm.run(0)
+    farm.run(1)
+    alone = Farm(tmp_path / "alone", make_job(twin))
+    alone.run(0)
+    together = {(r["cell_id"], r["document"]): r["loss"] for r in farm.table("documents")}
+    apart = {(r["cell_id"], r["document"]): r["loss"] for r in alone.table("documents")}
+    assert apart.items() <= together.items()
+
+
+def test_a_text_that_changed_since_planning_is_refused(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = farm.plan()
+    monkeypatch.setattr(Farm, "plan", lambda self: plan)
+    monkeypatch.setattr("qfarm.worker.text_hash", lambda name, part, data: "sha256:other")
+    outcome = farm.run(0)
+    assert outcome.failure == Failure.INVALID and "text python-docs (evaluation)" in str(outcome.error)
+    assert not farm.table("metrics")
+
+
+def test_windows_beyond_the_models_positions_are_refused(farm: Farm, tiny: Path) -> None:
+    from qfarm.errors import JobError
+
+    farm.job = make_job(tiny, JOB.replace("length: 64, windows: 30", "length: 512"))
+    with pytest.raises(JobError, match="512 tokens at once, but .* reads at most 256"):
+        farm.plan()
+
+
+def test_evicted_baseline_states_do_not_matter_once_a_cell_has_begun(
+    farm: Farm, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two evaluations whose states do not fit the cache together."""
+    monkeypatch.setenv("QFARM_CACHE_LIMIT", "1")
+    farm.job = make_job(
+        tiny, JOB.replace("]\nresources", ", perplexity: {{text: python-docs, length: 32}}]\nresources")
+    )
+    assert farm.run(0).failure is None
+    assert farm.run(1).failure is None

@@ -21,6 +21,7 @@ from qfarm.recipe import describe
 
 if TYPE_CHECKING:
     from qfarm.record import Document, Metric
+    from qfarm.text import Part
     from qfarm.worker import Session
 
 
@@ -46,7 +47,12 @@ class Evaluator:
         """Short and human: 'perplexity wikitext2 2048'."""
         raise NotImplementedError
 
-    def texts(self) -> tuple[tuple[str, str], ...]:
+    @property
+    def window(self) -> int | None:
+        """Tokens that the model reads at once, where that is fixed."""
+        return None
+
+    def texts(self) -> tuple[tuple[str, Part], ...]:
         """(text, part) pairs whose hashes belong to the protocol."""
         return ()
 
@@ -65,7 +71,7 @@ class Evaluator:
     def run(self, session: Session, progress: Callable[[int, int], None]) -> Result:
         raise NotImplementedError
 
-    def protocol(self, tokenizer: str, dtype: str, text_hash: Callable[[str, str], str]) -> dict[str, Any]:
+    def protocol(self, tokenizer: str, dtype: str, text_hash: Callable[[str, Part], str]) -> dict[str, Any]:
         """Everything two rows must agree on before they may be compared."""
         return {
             "evaluator": self.name,

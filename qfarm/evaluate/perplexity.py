@@ -15,13 +15,15 @@ The ledger has one row per window and document, since a window of running text m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qfarm import cache, stats
@@ -30,8 +32,8 @@ from qfarm.evaluate import Evaluator, Result
 from qfarm.matrix import canonical_hash
 from qfarm.recipe import STRICT
 from qfarm.record import Document, Metric
-from qfarm.text import check_name
-from qfarm.windows import Piece, Windows
+from qfarm.text import Part, check_name
+from qfarm.windows import DRAWN_WINDOWS, Piece, Windows
 
 if TYPE_CHECKING:
     from qfarm.worker import Session
@@ -40,6 +42,7 @@ BATCH_TOKENS = 2048  # per forward pass; fixed, since the batch's shape can move
 # Elements of one chunk of float32 logits. On two CPU cores 16 MiB took 40 % of the time of 64 MiB, which falls out of
 # the caches; a GPU wants few large kernels.
 LOGIT_BUDGET = {"cpu": 1 << 22, "cuda": 1 << 27}
+USUAL_WINDOWS = {"c4": DRAWN_WINDOWS}  # for estimates, where a text's length is not known yet
 HIDDEN = "hidden"  # cache folder of baselines' hidden states
 
 
@@ -57,7 +60,11 @@ class Perplexity(Evaluator):
     def label(self) -> str:
         return f"perplexity {self.text} {self.length}" + (f" x{self.windows}" if self.windows else "")
 
-    def texts(self) -> tuple[tuple[str, str], ...]:
+    @property
+    def window(self) -> int:
+        return self.length
+
+    def texts(self) -> tuple[tuple[str, Part], ...]:
         return ((self.text, "evaluation"),)
 
     @property
@@ -65,27 +72,31 @@ class Perplexity(Evaluator):
         return self.divergence
 
     def tokens(self) -> int:
-        return self.length * (self.windows or 150)
+        return self.length * (self.windows or USUAL_WINDOWS.get(self.text, 150))
 
     def prepare(self, session: Session) -> None:
         if not self.divergence or session.cell.is_baseline:
             return
         windows = session.windows(self.text, self.length, self.windows)
-        if cache.find_file(HIDDEN, _hidden_name(session, windows)) is None:
+        path = cache.find_file(HIDDEN, _hidden_name(session, windows))
+        if path is None:
             session.note(f"{self.label}: the baseline's hidden states are not in this machine's cache; computed again")
             hidden = torch.cat([states.cpu() for states in _hidden_states(session, windows)])
-            _save_hidden(session, windows, hidden)
+            path = _save_hidden(session, windows, hidden)
+        # Held open from here on: the cache may drop the file to make room for another evaluation's.
+        session.baseline_states[self.label] = safe_open(path, framework="pt").get_slice(HIDDEN)  # type: ignore[no-untyped-call]
 
     def run(self, session: Session, progress: Callable[[int, int], None]) -> Result:
         windows = session.windows(self.text, self.length, self.windows)
         is_baseline = session.cell.is_baseline
-        reference = _load_hidden(session, windows) if self.divergence and not is_baseline else None
+        compares = self.divergence and not is_baseline
+        reference = session.baseline_states[self.label] if compares else None
         kept: list[Tensor] = []
         columns: list[Columns] = []
         done = 0
         for states in _hidden_states(session, windows):
             batch = slice(done, done + len(states))
-            before = reference[batch] if reference is not None else None
+            before = reference[batch.start : batch.stop] if reference is not None else None
             columns += [
                 _score(session, states[i], windows.ids[done + i], before[i] if before is not None else None)
                 for i in range(len(states))
@@ -120,7 +131,7 @@ def _score(session: Session, hidden: Tensor, ids: Tensor, before: Tensor | None)
     """Everything about one window: hidden [length, hidden], ids [length], the baseline's hidden states or None."""
     head = session.loaded.head
     targets = ids[1:].to(hidden.device)
-    chunk = max(16, LOGIT_BUDGET[session.device.type] // head.weight.shape[0])
+    chunk = max(16, (LOGIT_BUDGET[session.device.type] >> session.shrink) // head.weight.shape[0])
     parts = [
         _score_chunk(
             head(hidden[start:stop]).float(),
@@ -195,6 +206,7 @@ _FIGURES = (
     ("kl_reverse", "kl_reverse", "nats per token", "lower"),
     ("top1_agreement", "agree", "fraction of tokens", "higher"),
     ("top1_accuracy", "correct", "fraction of tokens", "higher"),
+    ("flips", "flips", "fraction of tokens", "lower"),
     ("lost", "lost", "fraction of tokens", "lower"),
     ("gained", "gained", "fraction of tokens", "none"),
 )
@@ -208,10 +220,17 @@ def _metrics(documents: Sequence[Document], windows: int) -> Iterator[Metric]:
     error = None if loss.standard_error is None else perplexity.value * loss.standard_error
     yield _metric("perplexity", "perplexity", "lower", windows, loss.clusters, perplexity, error)
     for metric, column, unit, better in _FIGURES:
-        sums = [getattr(d, column) for d in documents]
-        if sums[0] is not None:
+        sums = [value for document in documents if (value := _sum(document, column)) is not None]
+        if sums:
             mean = stats.clustered_mean(sums, tokens, clusters)
             yield _metric(metric, unit, better, windows, mean.clusters, mean.interval(), mean.standard_error)
+
+
+def _sum(document: Document, column: str) -> float | None:
+    if column == "flips":
+        return None if document.lost is None or document.gained is None else document.lost + document.gained
+    value: float | None = getattr(document, column)
+    return value
 
 
 def _metric(
@@ -238,14 +257,6 @@ def _hidden_name(session: Session, windows: Windows) -> str:
     return f"{canonical_hash(identity)}.safetensors"
 
 
-def _save_hidden(session: Session, windows: Windows, hidden: Tensor) -> None:
+def _save_hidden(session: Session, windows: Windows, hidden: Tensor) -> Path:
     name = _hidden_name(session, windows)
-    cache.publish_file(HIDDEN, name, lambda part: save_file({HIDDEN: hidden.contiguous()}, part))
-
-
-def _load_hidden(session: Session, windows: Windows) -> Tensor:
-    path = cache.find_file(HIDDEN, _hidden_name(session, windows))
-    if path is None:
-        raise RuntimeError("the baseline's hidden states vanished from the cache during the run")
-    hidden: Tensor = load_file(path)[HIDDEN]
-    return hidden
+    return cache.publish_file(HIDDEN, name, lambda part: save_file({HIDDEN: hidden.contiguous()}, part))

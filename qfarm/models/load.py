@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qfarm.errors import ModelError, NonFinite
+from qfarm.errors import Failure, ModelError, NonFinite, classify
 from qfarm.models.architecture import Architecture, architecture_of
-from qfarm.models.reference import ModelFacts, unreachable
+from qfarm.models.reference import ModelFacts, first_line, unreachable
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -82,13 +83,27 @@ def load(facts: ModelFacts, dtype: str, device: torch.device) -> LoadedModel:
         model = AutoModelForCausalLM.from_pretrained(
             facts.location, revision=facts.revision, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise unreachable(facts.reference, error) from error
+    except Exception as error:  # safetensors, tokenizers and torch raise kinds of their own for broken files
+        failure = _load_error(facts, error)
+        if failure is None:
+            raise
+        raise failure from error
     model.eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise NonFinite(f"{facts.reference}: {name} holds NaN or Inf")
     return LoadedModel(model.to(device), tokenizer, architecture)
+
+
+def _load_error(facts: ModelFacts, error: Exception) -> Exception | None:
+    """Whose fault it is that transformers could not load: memory, the folder or the hub; None when nobody can tell."""
+    for cause in (error, error.__cause__, error.__context__):
+        # A file that cannot be mapped shows only in the text.
+        if cause and (classify(cause) is Failure.OOM or "Cannot allocate memory" in str(cause)):
+            return MemoryError(f"{facts.reference}: out of memory while loading: {first_line(error)}")
+    if Path(facts.location).is_dir():
+        return ModelError(f"{facts.reference}: cannot be loaded: {first_line(error)}")
+    return unreachable(facts.reference, error) if isinstance(error, (OSError, ValueError)) else None
 
 
 def load_tokenizer(facts: ModelFacts) -> Any:

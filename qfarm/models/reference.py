@@ -121,7 +121,7 @@ def _from_folder(reference: str, folder: Path) -> ModelFacts:
         raise ModelError(f"{reference}: no .safetensors file; pickled weights are not loaded")
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in weights:
-        digest.update(f"{path.name}:{cache.file_hash(path)}".encode())
+        digest.update(f"{path.name}:{_file_hash(path, reference)}".encode())
     return _facts(
         reference,
         str(folder.resolve()),
@@ -139,12 +139,19 @@ def _tokenizer_hash(folder: Path, reference: str) -> str:
     if not found:
         raise ModelError(f"{reference}: no tokenizer beside the weights (looked for {', '.join(names[:3])})")
     for path in found:
-        digest.update(f"{path.name}:{cache.file_hash(path)}".encode())
+        digest.update(f"{path.name}:{_file_hash(path, reference)}".encode())
     return f"sha256:{digest.hexdigest()}"
 
 
+def _file_hash(path: Path, reference: str) -> str:
+    try:
+        return cache.file_hash(path)
+    except OSError as error:  # a link into a download that was deleted, most often
+        raise ModelError(f"{reference}: {path.name} cannot be read: {error.strerror}") from None
+
+
 def _from_gguf(reference: str, path: Path) -> ModelFacts:
-    digest = cache.file_hash(path)
+    digest = _file_hash(path, reference)
 
     def convert(folder: Path) -> None:
         from qfarm.models.load import convert_gguf
@@ -154,7 +161,7 @@ def _from_gguf(reference: str, path: Path) -> ModelFacts:
         except Exception as error:  # struct.error for a truncated file, a bare Exception for a broken vocabulary, ...
             if classify(error) is Failure.OOM:
                 raise
-            raise ModelError(f"{reference}: transformers cannot read this GGUF file: {_first_line(error)}") from error
+            raise ModelError(f"{reference}: transformers cannot read this GGUF file: {first_line(error)}") from error
 
     folder = cache.entry("gguf", digest, convert)
     # The file's own hash names the weights; the conversion is a function of it.
@@ -247,7 +254,7 @@ def _hub_config(name: str, revision: str | None) -> tuple[str, Any]:
 
 def unreachable(reference: str, error: Exception) -> QfarmError:
     """ModelError when asking again cannot help, Unavailable when it may."""
-    kind, line = type(error).__name__, _first_line(error)
+    kind, line = type(error).__name__, first_line(error)
     kinds = _kinds(error)
     if "GatedRepoError" in kinds:
         return ModelError(f"{reference}: the model is gated; accept its licence on the hub and set HF_TOKEN")
@@ -265,7 +272,7 @@ def _kinds(error: BaseException) -> set[str]:
     return {type(e).__name__ for e in (error, error.__cause__, error.__context__) if e}
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 

@@ -69,6 +69,7 @@ _COLUMNS = (
     Column(heading="KL", text=_metric("kl"), rank=5),
     Column(heading="agree", text=_metric("top1_agreement"), rank=6),
     Column(heading="right", text=_metric("top1_accuracy"), rank=9),
+    Column(heading="flips", text=_metric("flips"), rank=10),
     Column(heading="lost", text=_metric("lost"), rank=10),
     Column(heading="gained", text=_metric("gained"), rank=10),
     Column(heading="KL back", text=_metric("kl_reverse"), rank=11),
@@ -76,7 +77,9 @@ _COLUMNS = (
     Column(heading="time", text=lambda row: duration(row.wall_s), rank=7),
     Column(heading="cell", text=lambda row: plain(row.cell.cell_id, ID_SHOWN + 1)[:ID_SHOWN], rank=8, numeric=False),
 )
-SHOWN_METRICS = frozenset({"perplexity", "kl", "top1_agreement", "top1_accuracy", "lost", "gained", "kl_reverse"})
+SHOWN_METRICS = frozenset(
+    {"perplexity", "kl", "top1_agreement", "top1_accuracy", "flips", "lost", "gained", "kl_reverse"}
+)
 
 
 def columns_of(table: Table) -> list[Column]:

@@ -32,8 +32,8 @@ ERROR_SHOWN = 300  # characters of an error's one line
 LEGEND = (
     "stored: bits per weight of the quantized layers, scales and zeros included. change: of perplexity against the "
     "baseline. KL: nats per token, baseline against cell (KL back: the reverse). agree: positions whose most probable "
-    "token is the baseline's; right: is the true one; lost, gained: right only before, only now. time: the attempt "
-    "whose result was accepted. `qfarm show CELL` tells all about a cell."
+    "token is the baseline's; right: is the true one; lost, gained: right only before, only now; flips: both. time: "
+    "the attempt that measured the row. `qfarm show CELL` tells all about a cell."
 )
 
 

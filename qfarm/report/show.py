@@ -35,18 +35,20 @@ def show(store: Readable, prefix: str, *, width: int | None = None, color: bool 
     cells = records(store, "cells", CellRow, [cell_id])
     attempts = records(store, "attempts", AttemptRow, [cell_id])
     attempts.sort(key=lambda attempt: (attempt.started, attempt.number))
+    accepted: Mapping[str, str] = {}
     columns = max(MIN_WIDTH, width or shutil.get_terminal_size().columns)
     parts: list[RenderableType] = []
     if cells:
         parts += _identity(cells[0])
         parts += _layers(records(store, "layers", LayerRow, [cell_id]))
-        parts += _metrics(records(store, "metrics", MetricRow, [cell_id]))
+        metrics = records(store, "metrics", MetricRow, [cell_id])
+        accepted = _accepted(cells[0], metrics)
+        parts += _metrics(metrics)
     else:
         parts += _section(f"cell {plain(cell_id)}", [Text("no attempt has stored a result")])
     for attempt in attempts:
-        parts += _attempt(attempt, accepted=bool(cells) and cells[0].attempt_id == attempt.attempt_id)
-    if attempts:
-        source = next((one for one in attempts if cells and one.attempt_id == cells[0].attempt_id), attempts[-1])
+        parts += _attempt(attempt, accepted.get(attempt.attempt_id, ""))
+    for source in [one for one in attempts if one.attempt_id in accepted] or attempts[-1:]:
         made = flatten(parsed(source.provenance, {}))
         title = f"provenance of attempt {plain(source.attempt_id)}"
         parts += _section(title, [_pairs({plain(key): _words(value) for key, value in made.items()})])
@@ -67,6 +69,14 @@ def _find(store: Readable, prefix: str) -> str:
     listed += [f"and {more} more"] if more > 0 else []
     problem = f"names {len(found)} cells" if found else "names no cell of this store"
     raise InvalidInput(f'"{plain(prefix)}" {problem}; cells: {", ".join(listed) or "none"}')
+
+
+def _accepted(cell: CellRow, metrics: Iterable[MetricRow]) -> dict[str, str]:
+    """By attempt_id: which results of an attempt are the ones stored; evaluations may come long after the cell."""
+    evaluated = {metric.attempt_id for metric in metrics}
+    accepted = dict.fromkeys(evaluated, "evaluated")
+    accepted[cell.attempt_id] = "quantized and evaluated" if cell.attempt_id in evaluated else "quantized"
+    return accepted
 
 
 def _identity(cell: CellRow) -> list[RenderableType]:
@@ -145,12 +155,12 @@ def _metrics(metrics: Sequence[MetricRow]) -> list[RenderableType]:
     return parts or _section("evaluations", [Text("none")])
 
 
-def _attempt(attempt: AttemptRow, accepted: bool) -> list[RenderableType]:
+def _attempt(attempt: AttemptRow, accepted: str) -> list[RenderableType]:
     stages = parsed(attempt.stages, {})
     times = [f"{name} {duration(value)}" for name, value in stages.items() if isinstance(value, (int, float))]
     memory = {"host": size(attempt.peak_host_bytes), "GPU": size(attempt.peak_gpu_bytes)}
     facts = {
-        "outcome": f"{attempt.outcome}{', its result is the one stored' if accepted else ''}",
+        "outcome": f"{attempt.outcome}{f', accepted: {accepted}' if accepted else ''}",
         "stage reached": attempt.stage,
         "where": f"worker {attempt.worker} on {attempt.node}",
         "when": f"{attempt.started}, {duration(attempt.wall_s)}",

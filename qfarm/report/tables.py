@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 from qfarm.errors import InvalidInput
@@ -28,6 +28,7 @@ class Attempt:
     model: str
     label: str
     number: int
+    evaluations: str | None  # JSON list of the eval_ids that it was to run; older rows hold none
     outcome: str
     stage: str
     error: str | None
@@ -41,12 +42,12 @@ class Row:
     """One cell under one evaluation."""
 
     cell: CellRow
-    variant: str  # the options that tell it from rows of the same name; mostly empty
+    variant: str  # the options given, and what tells it from rows of the same name; mostly empty
     metrics: Mapping[str, MetricRow]
     difference: Difference | None  # of the loss to the baseline's, paired by document
     remark: str  # why there is no difference, or on what it rests
     adjusted_p: float | None  # Holm over the table; None below MARK_CLUSTERS
-    wall_s: float | None  # of the attempt whose result was accepted
+    wall_s: float | None  # of the attempt that published the metrics
     notes: tuple[str, ...]  # what that attempt did differently
 
     @property
@@ -77,7 +78,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FailedCell:
-    """A cell whose last attempt failed."""
+    """A cell whose last attempt failed and left an evaluation missing."""
 
     cell_id: str
     model: str  # empty when the cell was never stored
@@ -98,8 +99,9 @@ def load(store: Readable) -> Results:
     """Everything a store holds, in an order that depends on its contents only."""
     cells = {cell.cell_id: cell for cell in records(store, "cells", CellRow)}
     attempts = records(store, "attempts", Attempt)
+    metrics = records(store, "metrics", MetricRow)
     groups: dict[tuple[str, str], dict[str, list[MetricRow]]] = {}
-    for metric in records(store, "metrics", MetricRow):
+    for metric in metrics:
         if metric.cell_id in cells:
             group = groups.setdefault((cells[metric.cell_id].fingerprint, metric.eval_id), {})
             group.setdefault(metric.cell_id, []).append(metric)
@@ -109,7 +111,8 @@ def load(store: Readable) -> Results:
         pairings |= _pairings(store, cells, {key[1]: group for key, group in groups.items() if key[0] == fingerprint})
     tables = [_table(key, group, cells, by_attempt, pairings) for key, group in groups.items()]
     tables.sort(key=lambda table: (table.model, table.evaluation, table.fingerprint, table.eval_id))
-    return Results(tables=tuple(_with_protocol_remarks(tables)), failed=tuple(_failed(cells, attempts)))
+    failed = _failed(cells, attempts, {(metric.cell_id, metric.eval_id) for metric in metrics})
+    return Results(tables=tuple(_with_protocol_remarks(tables)), failed=tuple(failed))
 
 
 Record = TypeVar("Record")
@@ -144,9 +147,12 @@ def parsed(text: str | None, default: Any) -> Any:
 
 
 def label(cell: CellRow) -> str:
+    """As qfarm.matrix.Cell.label: 'gptq (act_order=true) w4 g128'."""
+    variant = _given(cell)
+    options = f" ({variant})" if variant else ""
     group = "" if cell.group_size == -1 else f" g{cell.group_size}"
     seed = f" seed {cell.seed}" if cell.seed else ""
-    return f"{cell.recipe} {cell.scheme}{group}{seed}"
+    return f"{cell.recipe}{options} {cell.scheme}{group}{seed}"
 
 
 def _pairings(
@@ -177,7 +183,7 @@ def _table(
             cell,
             variants[cell.cell_id],
             group[cell.cell_id],
-            attempts.get(cell.attempt_id),
+            attempts.get(group[cell.cell_id][0].attempt_id),
             pairings.get((cell.cell_id, eval_id), Pairing()),
         )
         for cell in members
@@ -220,7 +226,7 @@ def _adjusted(rows: Sequence[Row]) -> list[Row]:
 
 
 def _variants(cells: Iterable[CellRow]) -> dict[str, str]:
-    """By cell_id: 'act_order=true', the options in which a cell differs from others of the same name."""
+    """By cell_id: 'act_order=true', as the cell says; for cells still of the same name, also what differs."""
     namesakes: dict[str, list[CellRow]] = collections.defaultdict(list)
     for cell in cells:
         namesakes[label(cell)].append(cell)
@@ -228,11 +234,15 @@ def _variants(cells: Iterable[CellRow]) -> dict[str, str]:
     for group in namesakes.values():
         specs = [flatten(parsed(cell.spec, {})) if len(group) > 1 else {} for cell in group]
         found = {key for spec in specs for key in spec if any(spec[key] != other.get(key) for other in specs)}
-        keys = sorted(found - {"model"})  # one model under two names is still one model
+        keys = sorted(found - {"model", "variant"})  # one model under two names is still one model
         for cell, spec in zip(group, specs, strict=True):
             options = [f"{key.rpartition('.')[2]}={json.dumps(spec.get(key))}" for key in keys]
-            variants[cell.cell_id] = ", ".join(options)
+            variants[cell.cell_id] = ", ".join(filter(None, [_given(cell), *options]))
     return variants
+
+
+def _given(cell: CellRow) -> str:
+    return str(parsed(cell.spec, {}).get("variant") or "")
 
 
 def _with_protocol_remarks(tables: Sequence[Table]) -> list[Table]:
@@ -258,14 +268,22 @@ def _with_protocol_remarks(tables: Sequence[Table]) -> list[Table]:
     return out
 
 
-def _failed(cells: Mapping[str, CellRow], attempts: Iterable[Attempt]) -> list[FailedCell]:
+def _failed(
+    cells: Mapping[str, CellRow], attempts: Iterable[Attempt], finished: Set[tuple[str, str]]
+) -> list[FailedCell]:
+    """`finished` holds (cell_id, eval_id): what another attempt has measured is not missing."""
+    measured = {cell_id for cell_id, _ in finished}
     tries: dict[str, list[Attempt]] = collections.defaultdict(list)
     for attempt in attempts:
         tries[attempt.cell_id].append(attempt)
     failed = []
     for cell_id, group in tries.items():
         last = max(group, key=lambda attempt: (attempt.started, attempt.number))
-        if last.outcome == "ok":
+        wanted = parsed(last.evaluations, [])
+        missing = (
+            any((cell_id, str(eval_id)) not in finished for eval_id in wanted) if wanted else cell_id not in measured
+        )
+        if last.outcome == "ok" or not missing:
             continue
         cell = cells.get(cell_id)
         failed.append(
