@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import shlex
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -104,6 +106,7 @@ class Board:
             attempt_id=uuid.uuid4().hex,
             number=number,
             data=self._data,
+            command=shlex.join(sys.argv),
             shrink=self.scheduler.attempt(cell_id).shrink,
         )
         self._running[task.attempt_id] = _Attempt(cell_id=cell_id, started=_utc(), began=now)
@@ -170,8 +173,8 @@ class Board:
             self._store.publish_attempt(row)
         except StoreFull as full:
             self.stop(one_line(str(full)))
-        except OSError as error:  # a file system that went away is no fault of the cell either
-            self.stop(f"{self._location}: the store cannot be written: {one_line(error)}")
+        except OSError as failed:  # a file system that went away is no fault of the cell either
+            self.stop(f"{self._location}: the store cannot be written: {one_line(failed)}")
         self._fail(worker, task, attempt, kind, error)
 
     def _fail(self, worker: str, task: Task, attempt: _Attempt, kind: Failure, error: str) -> None:

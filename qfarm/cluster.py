@@ -261,8 +261,6 @@ def capacity(local: bool, resources: Resources, note: Callable[[str], None]) -> 
     import ray
 
     gpus, cpus = resources.gpus, resources.cpus
-    if gpus > 1 and gpus != int(gpus):
-        raise InvalidInput(f"resources: gpus: {gpus:g}: more than one GPU per worker must be a whole number")
     if not local:
         return Capacity(workers=resources.workers or MAX_WORKERS, cpus=cpus, gpus=gpus, local=False)
     total = ray.cluster_resources()
