@@ -117,12 +117,10 @@ class UniformWeight:
 
 
 @dataclasses.dataclass(kw_only=True)
-class ColumnScaled:
-    """A base times one factor per input column. Stored as a vector, unless the producer of the input absorbs it."""
+class _OnTop:
+    """Something on top of a base: what it is a matrix of is the base's."""
 
     base: QuantizedWeight
-    factor: Tensor  # [columns], storage dtype
-    folded: bool  # absorbed by the preceding operator: nothing is stored
     solver: str
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -137,6 +135,14 @@ class ColumnScaled:
     @property
     def group_size(self) -> int:
         return self.base.group_size
+
+
+@dataclasses.dataclass(kw_only=True)
+class ColumnScaled(_OnTop):
+    """A base times one factor per input column. Stored as a vector, unless the producer of the input absorbs it."""
+
+    factor: Tensor  # [columns], storage dtype
+    folded: bool  # absorbed by the preceding operator: nothing is stored
 
     def dequantize(self) -> Tensor:
         return self.base.dequantize() * self.factor.float()
@@ -152,26 +158,11 @@ class ColumnScaled:
 
 
 @dataclasses.dataclass(kw_only=True)
-class LowRank:
+class LowRank(_OnTop):
     """A base plus `left @ right`, a low-rank term kept in a floating dtype."""
 
-    base: QuantizedWeight
     left: Tensor  # [rows, rank], storage dtype
     right: Tensor  # [rank, columns], storage dtype
-    solver: str
-    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.base.shape
-
-    @property
-    def bits(self) -> int:
-        return self.base.bits
-
-    @property
-    def group_size(self) -> int:
-        return self.base.group_size
 
     def dequantize(self) -> Tensor:
         return self.base.dequantize() + self.left.float() @ self.right.float()

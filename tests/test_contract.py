@@ -98,9 +98,9 @@ def test_refusals_come_before_a_model_is_touched(name: str, weight_method: Recip
             "bits": f"[{', '.join(schemes)}]",
         }
         found = matrix(changed(methods=methods, **keys))
-        runs = [cell.scheme for cell in found.cells if cell.recipe == name]
+        runs = [cell.scheme for cell in found.cells if cell.recipe == weight_method.name]
         assert runs == ([] if refusals else [f"w{bits}" for bits in widths(weight_method)])
-        rules = [invalid.rule for invalid in found.invalid if invalid.label.split()[0] == name]
+        rules = [invalid.rule for invalid in found.invalid if invalid.label.split()[0] == weight_method.name]
         assert len(rules) + len(runs) == len(schemes) and all(name in rule or "rtn" in rule for rule in rules)
     assert allowed(weight_method), "every context is refused"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qfarm.calibrate import LayerResult, quantize_weights
 from qfarm.errors import InvalidInput, NonFinite
-from qfarm.inputs import Collector, InputStatistics, Statistic
+from qfarm.inputs import InputStatistics, Statistic
 from qfarm.methods.comq import COMQ, Descent, comq
 from qfarm.methods.gptq import GPTQ
 from qfarm.methods.rtn import RTN
@@ -25,6 +25,7 @@ from qfarm.quantized import UniformWeight, unpack_bits
 from qfarm.quantizer import Grid
 from qfarm.recipe import WeightSolver, build_method
 from tests.conftest import TINY
+from tests.test_method_gptq import sink_statistics
 from tests.test_models import loaded
 
 FINE: dict[str, Any] = {"scale_dtype": torch.float32}
@@ -342,21 +343,6 @@ def test_stored_bytes(rows: int, groups: int, bits: int, symmetric: bool, dtype:
     assert torch.equal(unpack_bits(packed["weight_packed"], bits, 6 * groups), made.codes)
     rebuilt = dataclasses.replace(made, scale=packed["weight_scale"])
     assert torch.equal(rebuilt.dequantize(), made.dequantize()) and made.scale.dtype == dtype
-
-
-def sink_statistics(n: int, sink: int) -> tuple[Tensor, InputStatistics]:
-    """The first token of each sequence is 500 times larger than the rest and points along one late channel."""
-    generator = torch.manual_seed(26)
-    collector = Collector(frozenset(Statistic), tokens=16 * 256)
-    mixing = torch.eye(n) + torch.randn(n, n, generator=generator) / n**0.5
-    direction = torch.randn(n, generator=generator)
-    direction[sink] = 60.0
-    for _ in range(16):
-        x = torch.randn(256, n, generator=generator) @ mixing
-        first = direction + 0.05 * torch.randn(n, generator=generator)
-        x[0] = first * (500 * x[1:].norm(dim=1).mean() / first.norm())
-        collector.add(x)
-    return torch.randn(48, n, generator=generator), collector.result()
 
 
 def test_massive_activation_is_noticed_and_repaired() -> None:
