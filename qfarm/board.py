@@ -6,7 +6,6 @@ It feeds the scheduler, tells the watcher, and records the attempts that a worke
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import shlex
 import sys
@@ -20,7 +19,7 @@ from qfarm import environment
 from qfarm.errors import Failure, StoreFull, classify
 from qfarm.events import Event, Failed, Finished, Note, Progressed, Started
 from qfarm.matrix import Cell
-from qfarm.record import AttemptRow
+from qfarm.record import AttemptRow, utc_now
 from qfarm.scheduler import CellPlan, Scheduler
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ class Board:
             command=shlex.join(sys.argv),
             shrink=self.scheduler.attempt(cell_id).shrink,
         )
-        self._running[task.attempt_id] = _Attempt(cell_id=cell_id, started=_utc(), began=now)
+        self._running[task.attempt_id] = _Attempt(cell_id=cell_id, started=utc_now(), began=now)
         self.emit(Started(cell=cell, attempt=number, worker=worker))
         return task
 
@@ -212,7 +211,3 @@ def one_line(error: BaseException | str) -> str:
 def _provenance() -> dict[str, str | None]:
     """What is known without the worker. Its own provenance would need torch here."""
     return {"recorded_by": "driver", "qfarm": qfarm.__version__, "commit": environment.git_commit()}
-
-
-def _utc() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

@@ -114,18 +114,18 @@ class _Run:
         phases = [[group] for group in groups] if self.solver.true_sequential else [list(groups)]
         results = []
         for phase in phases:
-            stats = self._statistics(index, phase, linears)
+            stats = self._statistics(index, phase, linears, advance=not self.sequential)
             for group in phase:
                 results += self._group(index, {role: linears[role] for role in group}, stats.get(group))
         return results
 
     def _statistics(
-        self, index: int, groups: list[Group], linears: dict[str, nn.Linear]
+        self, index: int, groups: list[Group], linears: dict[str, nn.Linear], *, advance: bool
     ) -> dict[Group, InputStatistics]:
         if self.walk is None or not self.wanted:
             return {}
         first = {group: linears[group[0]] for group in groups}
-        stats = self.walk.collect(index, first, self.wanted, keep_outputs=not self.sequential)
+        stats = self.walk.collect(index, first, self.wanted, keep_outputs=advance)
         for group, found in stats.items():
             found.foldable = absorbs_scale(self.loaded.model.config.to_dict(), group)
         return stats
@@ -166,7 +166,8 @@ class _Run:
         groups = list(self.loaded.architecture.shared_inputs)
         targets = (self.original or self.walk).outputs(index)
         samples = len(self.walk.hidden[0])
-        stats = self._statistics_only(index, groups, linears)
+        # A block solver advances by its own targets, whatever the mode.
+        stats = self._statistics(index, groups, linears, advance=False)
         problem = BlockProblem(
             block=self.loaded.blocks[index],
             linears={role: linears[role] for role in grids},
@@ -190,14 +191,6 @@ class _Run:
                 else:
                     results.append(self._finish(index, role, linears[role], done[role], stats.get(group)))
         return results
-
-    def _statistics_only(
-        self, index: int, groups: list[Group], linears: dict[str, nn.Linear]
-    ) -> dict[Group, InputStatistics]:
-        """Statistics without advancing, whatever the mode: a block solver advances by its own targets."""
-        if self.walk is None or not self.wanted:
-            return {}
-        return self.walk.collect(index, {g: linears[g[0]] for g in groups}, self.wanted, keep_outputs=False)
 
     def _finish(
         self, index: int, role: str, linear: nn.Linear, quantized: QuantizedWeight, inputs: InputStatistics | None

@@ -22,7 +22,7 @@ from qfarm.scheme import parse_scheme
 if TYPE_CHECKING:
     from qfarm.store import Store
 
-ASSUMED_GPU_RATE = 1.5e14  # operations per second of one GPU, about 40 % of an A100's dense bfloat16 rate
+ASSUMED_GPU_RATE = 1.5e14  # operations per second of one GPU, about half of an A100's dense bfloat16 rate
 FACTOR_BYTES = 52  # per entry of a Hessian while it is factored: six float64 copies and the float32 sum
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 

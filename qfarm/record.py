@@ -7,6 +7,7 @@ version of the whole layout; readers refuse stores of a newer one and fill colum
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import types
 import typing
 from collections.abc import Iterable
@@ -15,6 +16,11 @@ from typing import Any
 import pyarrow as pa
 
 FORMAT = 1
+
+
+def utc_now() -> str:
+    """The time as every column and manifest holds it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 def _unit(text: str, default: Any = dataclasses.MISSING) -> Any:

@@ -13,7 +13,6 @@ the parts; `Store.check` says whether they are what the manifests promise.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import logging
@@ -147,7 +146,7 @@ class Store:
                     raise StoreError(
                         f"{self.location}: holds other files and is no store; give an empty or a new folder"
                     )
-                text = json.dumps({"kind": "qfarm store", "format": record.FORMAT, "created": _now()})
+                text = json.dumps({"kind": "qfarm store", "format": record.FORMAT, "created": record.utc_now()})
                 self._folder.publish(FORMAT_FILE, text.encode())
             self._folder.make([f"manifests/{kind}" for kind in KINDS])
             self._folder.make([f"parts/{table}" for table in record.TABLES])
@@ -182,7 +181,7 @@ class Store:
         stem = ".".join((*ids.values(), secrets.token_hex(4)))
         built = [_build(table, stem, values) for table, values in rows.items() if values]
         parts = tuple(part for part, _ in built)
-        manifest = Manifest(format=record.FORMAT, kind=kind, ids=ids, created=_now(), parts=parts).dump()
+        manifest = Manifest(format=record.FORMAT, kind=kind, ids=ids, created=record.utc_now(), parts=parts).dump()
         try:
             for part, data in built:
                 self._folder.publish(part.path, data)
@@ -305,7 +304,3 @@ def _build(table: str, stem: str, rows: Sequence[Any]) -> tuple[Part, bytes]:
     path = f"parts/{table}/{stem}.parquet"
     digest = hashlib.sha256(data).hexdigest()
     return Part(table=table, path=path, rows=len(rows), bytes=len(data), sha256=digest), data
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

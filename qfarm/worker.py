@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import os
 import socket
@@ -26,7 +25,7 @@ from qfarm.models.reference import ModelFacts, resolve
 from qfarm.plan import EvaluationSpec, Outcome, Task
 from qfarm.quantizer import Grid
 from qfarm.recipe import Recipe, WeightSolver, build_method
-from qfarm.record import AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow
+from qfarm.record import AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow, utc_now
 from qfarm.scheme import UNTOUCHED, parse_scheme
 from qfarm.store import Store
 from qfarm.text import Part, load_text, text_hash
@@ -149,7 +148,7 @@ def run_cell(task: Task, session: Session, report: Progress) -> Outcome:
     """
     store = Store.open(task.store)
     clock = _Clock(report)
-    started, began = _now(), time.perf_counter()
+    started, began = utc_now(), time.perf_counter()
     environment.reset_peak_host_bytes()
     if session.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -286,7 +285,7 @@ def cell_row(task: Task, session: Session, layers: list[LayerResult]) -> CellRow
         model_bytes=model_bytes,
         layers_quantized=len(done),
         layers_skipped=len(layers) - len(done),
-        created=_now(),
+        created=utc_now(),
     )
 
 
@@ -317,7 +316,7 @@ def _metric_row(task: Task, spec: EvaluationSpec, metric: Any) -> MetricRow:
         attempt_id=task.attempt_id,
         evaluation=spec.label,
         protocol=json.dumps(dict(spec.protocol)),
-        created=_now(),
+        created=utc_now(),
     )
 
 
@@ -325,7 +324,3 @@ def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     known = isinstance(error, (InvalidInput, Unavailable))
     return (text if known and text else f"{type(error).__name__}: {text}")[:500]
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

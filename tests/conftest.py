@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-# Before torch is imported: spinning threads make small operators on a busy machine a hundred times slower.
+# Before torch is imported: spinning threads make small operators on a busy machine many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 PACK = Path(os.environ.get("QFARM_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")

@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from qfarm.worker import Session
 
 BATCH_TOKENS = 2048  # per forward pass; fixed, since the batch's shape can move the last bits of a loss
-# Elements of one chunk of float32 logits. On two CPU cores 16 MiB took 40 % of the time of 64 MiB, which falls out of
-# the caches; a GPU wants few large kernels.
+# Elements of one chunk of float32 logits: on a CPU it should stay in the caches, a GPU wants few large kernels.
 LOGIT_BUDGET = {"cpu": 1 << 22, "cuda": 1 << 27}
 USUAL_WINDOWS = {"c4": DRAWN_WINDOWS}  # for estimates, where a text's length is not known yet
 HIDDEN = "hidden"  # cache folder of baselines' hidden states

