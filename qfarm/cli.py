@@ -296,14 +296,17 @@ def store_group() -> None:
 def store_check(store: str | None) -> None:
     """Verify every file of STORE against its manifests; exit code 1 when something is wrong.
 
+    Files that a killed writer left behind are listed, but no reader sees them: the store is sound all the same.
+
     \b
     Example:
       qfarm store check results/quickstart
     """
-    faults = _open(store or _last_store()).check()
-    for fault in faults:
-        click.echo(fault)
-    click.echo("the store is sound" if not faults else f"{len(faults)} faults")
+    faults, leftovers = _open(store or _last_store()).check()
+    for line in (*faults, *leftovers):
+        click.echo(line)
+    left = f"; {len(leftovers)} leftover files, which do no harm" if leftovers else ""
+    click.echo((f"{len(faults)} faults" if faults else "the store is sound") + left)
     raise click.exceptions.Exit(FAILED if faults else 0)
 
 

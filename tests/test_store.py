@@ -209,7 +209,7 @@ def test_a_newer_format_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch
         Store.open(store.location)
     with pytest.raises(StoreError, match=r"c1\.json: .*format 1, this version of qfarm reads up to 0"):
         store.read("cells")
-    assert len([fault for fault in store.check() if "reads up to 0" in fault]) == 3
+    assert len([fault for fault in store.check().faults if "reads up to 0" in fault]) == 3
 
 
 @pytest.mark.parametrize("location", ["s3://bucket/results", Path("s3://bucket/results"), "gs://b/r"])
@@ -251,7 +251,7 @@ def test_all_tables_come_back_as_published(store: Store) -> None:
     for table, rows in published.items():
         assert [record.TABLES[table](**row) for row in store.read(table).to_pylist()] == rows
     assert store.read("layers")["bits"].to_pylist() == [4, None]
-    assert store.check() == []
+    assert store.check() == ([], [])
 
 
 def test_an_empty_store_reads_as_empty_tables(store: Store) -> None:
@@ -260,7 +260,7 @@ def test_an_empty_store_reads_as_empty_tables(store: Store) -> None:
         assert store.read(table).schema.names == record.schema(table).names
     assert store.finished_cells() == frozenset()
     assert store.finished_evaluations() == frozenset()
-    assert store.check() == []
+    assert store.check() == ([], [])
 
 
 def test_tables_without_rows_have_no_part(store: Store) -> None:
@@ -269,7 +269,7 @@ def test_tables_without_rows_have_no_part(store: Store) -> None:
     assert files(store, "*.parquet") == files(store, "c1.*.parquet")
     assert [path.split("/")[1] for path in files(store, "*.parquet")] == ["cells", "metrics"]
     assert store.read("layers").num_rows == store.read("documents").num_rows == 0
-    assert store.check() == []
+    assert store.check() == ([], [])
 
 
 def test_what_is_finished(store: Store) -> None:
@@ -345,7 +345,7 @@ def test_a_column_that_an_older_part_lacks_is_null(store: Store, monkeypatch: py
     assert table.to_pydict()["linear_bytes"] == [1000, None]
     assert table.schema.names == record.schema("cells").names
     assert store.read("cells", columns=["linear_bytes"])["linear_bytes"].to_pylist() == [1000, None]
-    assert store.check() == []
+    assert store.check() == ([], [])
 
 
 def test_an_unknown_column_is_dropped(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +393,7 @@ def test_the_loser_of_the_race_removes_its_own_parts_only(
     monkeypatch.setattr(LocalFolder, "exists", lambda self, path: False)
     assert not store.publish_cell(cell_row(attempt_id=attempt_id), [layer_row()])
     assert files(store) == before
-    assert store.check() == []
+    assert store.check() == ([], [])
 
 
 def compete(
@@ -427,7 +427,7 @@ def test_of_four_processes_exactly_one_wins_each_name(tmp_path: Path) -> None:
     rows = store.read("cells", columns=["cell_id", "attempt_id"]).to_pylist()
     assert {row["cell_id"]: row["attempt_id"] for row in rows} == winner
     assert len(rows) == 50
-    assert store.check() == []
+    assert store.check() == ([], [])
 
 
 def test_a_link_whose_answer_was_lost_is_a_win(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,7 +439,7 @@ def test_a_link_whose_answer_was_lost_is_a_win(store: Store, monkeypatch: pytest
 
     monkeypatch.setattr(os, "link", twice)
     fill(store)
-    assert store.check() == []
+    assert store.check() == ([], [])
 
 
 @pytest.fixture(params=["EPERM", "ENOTSUP", "EOPNOTSUPP", "EXDEV"])
@@ -458,7 +458,7 @@ def test_without_links_the_first_still_wins(store: Store, no_links: None, monkey
     assert not store.publish_cell(cell_row(attempt_id="a2"), [])
     assert files(store) == before
     assert store.read("cells")["attempt_id"].to_pylist() == ["a1"]
-    assert store.check() == []
+    assert store.check() == ([], [])
 
 
 def test_a_full_disk_without_links_leaves_nothing(
@@ -478,7 +478,7 @@ def test_a_part_without_a_manifest_is_invisible(store: Store) -> None:
     orphan.write_bytes(part.read_bytes())
     assert store.read("cells").num_rows == 1
     assert store.finished_cells() == {"c1"}
-    assert store.check() == [f"{orphan}: no readable manifest names it; its writer died or is still at work"]
+    assert store.check() == ([], [f"{orphan}: no manifest names it; its writer died or is still at work"])
 
 
 @pytest.mark.parametrize("size", [0, 1, 200, -1])
@@ -489,12 +489,9 @@ def test_a_torn_manifest_is_passed_over_and_reported(store: Store, size: int, ca
     torn.write_bytes(torn.read_bytes()[:size])
     assert store.read("cells")["cell_id"].to_pylist() == ["c2"]
     assert f"{torn}: passed over" in caplog.text
-    faults = store.check()
-    assert f"{torn}: is torn" in faults[0]
-    assert [("parts/cells/c1." in fault, "parts/layers/c1." in fault) for fault in faults[1:]] == [
-        (True, False),
-        (False, True),
-    ]
+    faults, leftovers = store.check()
+    assert len(faults) == 1 and f"{torn}: is torn" in faults[0]
+    assert ["parts/cells/c1." in leftovers[0], "parts/layers/c1." in leftovers[1], len(leftovers)] == [True, True, 2]
 
 
 def test_a_manifest_changed_by_hand_is_passed_over_and_reported(store: Store) -> None:
@@ -502,7 +499,7 @@ def test_a_manifest_changed_by_hand_is_passed_over_and_reported(store: Store) ->
     path = only(store, "manifests/cell/*.json")
     path.write_text(path.read_text().replace('"rows": 1', '"rows": 2'))
     assert store.read("cells").num_rows == 0
-    assert "its checksum is wrong" in store.check()[0]
+    assert "its checksum is wrong" in store.check().faults[0]
 
 
 def test_a_manifest_that_vanishes_while_reading_is_passed_over(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -524,7 +521,7 @@ def test_a_manifest_that_cannot_be_read_is_an_error(store: Store, monkeypatch: p
     monkeypatch.setattr(LocalFolder, "read", fail)
     with pytest.raises(StoreError, match=r"c1\.json: cannot be read: Input/output error"):
         store.read("cells")
-    assert "c1.json: cannot be read: Input/output error" in store.check()[0]
+    assert "c1.json: cannot be read: Input/output error" in store.check().faults[0]
 
 
 @pytest.mark.parametrize("before", ["manifests/", "parts/layers/", "os.link"])
@@ -556,7 +553,8 @@ def test_a_killed_writer_leaves_a_readable_store(store: Store, before: str) -> N
     assert store.finished_cells() == {"c1"}
     for table in record.TABLES:
         assert set(store.read(table)["cell_id"].to_pylist()) == {"c1"}
-    assert len(store.check()) == {"manifests/": 2, "parts/layers/": 1, "os.link": 1}[before]
+    assert store.check().faults == []
+    assert len(store.check().leftovers) == {"manifests/": 2, "parts/layers/": 1, "os.link": 1}[before]
     fill(store, "c2", "a2")
     assert store.finished_cells() == {"c1", "c2"}
 
@@ -573,7 +571,7 @@ def test_an_interrupt_after_the_manifest_keeps_its_parts(store: Store, monkeypat
     monkeypatch.setattr(LocalFolder, "publish", publish_then_interrupt)
     with pytest.raises(KeyboardInterrupt):
         store.publish_cell(cell_row(), [layer_row()])
-    assert store.check() == []
+    assert store.check() == ([], [])
     assert store.read("layers").num_rows == 1
 
 
@@ -611,14 +609,14 @@ def test_no_space_raises_store_full_and_leaves_nothing(
             store.publish_cell(cell_row(), [layer_row()])
     assert files(store) == before
     fill(store)
-    assert store.check() == []
+    assert store.check() == ([], [])
 
 
 def test_writes_in_small_pieces_add_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:100]))
     fill(store)
-    assert store.check() == []
+    assert store.check() == ([], [])
 
 
 def test_a_real_limit_on_file_size(store: Store) -> None:
@@ -640,7 +638,7 @@ def test_a_real_limit_on_file_size(store: Store) -> None:
     assert limited.returncode == 0, limited.stderr
     assert "parts/documents/c2.e1.a1." in limited.stdout
     assert "File too large; " in limited.stdout
-    assert store.check() == []
+    assert store.check() == ([], [])
     assert store.finished_evaluations() == {("c1", "e1"), ("c3", "e1")}
 
 
@@ -747,7 +745,7 @@ def test_a_missing_part(store: Store) -> None:
     with pytest.raises(StoreError, match=rf"{part}: is missing.*run `qfarm store check`"):
         store.read("cells")
     assert store.read("layers").num_rows == 2
-    assert store.check() == [f"{part}: is missing, though a manifest names it"]
+    assert store.check().faults == [f"{part}: is missing, though a manifest names it"]
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"X" + data[1:], lambda data: b""])
@@ -757,7 +755,7 @@ def test_an_altered_part(store: Store, damage: Callable[[bytes], bytes]) -> None
     part.write_bytes(damage(part.read_bytes()))
     with pytest.raises(StoreError, match=rf"{part}: was altered.*run `qfarm store check`"):
         store.read("cells")
-    (fault,) = store.check()
+    (fault,) = store.check().faults
     assert fault.startswith(f"{part}: was altered")
 
 
@@ -768,7 +766,7 @@ def test_a_wrong_row_count(store: Store) -> None:
     rewrite_manifest(path, parts=[part | {"rows": 5}])
     with pytest.raises(StoreError, match="has 1 rows, its manifest says 5"):
         store.read("attempts")
-    assert store.check() == [f"{store.location}/{part['path']}: has 1 rows, its manifest says 5"]
+    assert store.check().faults == [f"{store.location}/{part['path']}: has 1 rows, its manifest says 5"]
 
 
 def test_a_manifest_under_another_name(store: Store) -> None:
@@ -777,7 +775,7 @@ def test_a_manifest_under_another_name(store: Store) -> None:
     copy = path.with_name("c2.json")
     copy.write_bytes(path.read_bytes())
     assert store.read("cells")["cell_id"].to_pylist() == ["c1"]
-    assert store.check() == [f"{copy}: is a copy of manifests/cell/c1.json"]
+    assert store.check().faults == [f"{copy}: is a copy of manifests/cell/c1.json"]
 
 
 @pytest.mark.parametrize("fields", [{"ids": {}}, {"kind": "other"}, {"parts": [{}]}, {"extra": 1}])
@@ -786,24 +784,24 @@ def test_a_manifest_with_other_fields(store: Store, fields: dict[str, object]) -
     path = only(store, "manifests/cell/*.json")
     rewrite_manifest(path, **fields)
     assert store.read("cells").num_rows == 0
-    assert store.check()[0].startswith(f"{path}: is torn or no manifest")
+    assert store.check().faults[0].startswith(f"{path}: is torn or no manifest")
 
 
 def test_files_left_aside_and_strangers(store: Store) -> None:
     fill(store)
     root = Path(store.location)
     strange = [
-        "manifests/cell/.c2.json.0123abcd.aside",
         "manifests/cell/notes.txt",
         "manifests/evaluation/c1.json",
+        "manifests/cell/.c2.json.0123abcd.aside",
         "parts/cells/.c2.a1.0123abcd.parquet.0123abcd.aside",
         ".qfarm-store.json.0123abcd.aside",
     ]
     for name in strange:
         (root / name).write_bytes(b"{}")
-    faults = store.check()
-    assert [fault.split(": ")[0] for fault in faults] == [f"{root}/{name}" for name in strange]
-    assert "never published" in faults[0]
+    faults, leftovers = store.check()
+    assert [fault.split(": ")[0] for fault in faults] == [f"{root}/{name}" for name in strange[:2]]
+    assert {leftover.split(": ")[0] for leftover in leftovers} == {f"{root}/{name}" for name in strange[2:]}
     assert store.finished_cells() == {"c1"}
     assert store.finished_evaluations() == {("c1", "e1")}
     assert store.read("cells").num_rows == 1
@@ -820,7 +818,7 @@ def test_a_publication_during_the_check_is_no_fault(store: Store, monkeypatch: p
         return found
 
     monkeypatch.setattr(LocalFolder, "names", publish_after_first_listing)
-    assert store.check() == []
+    assert store.check() == ([], [])
 
 
 def test_manifest_says_what_was_published(store: Store) -> None:
