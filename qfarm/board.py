@@ -42,6 +42,8 @@ class CellWork:
     evaluations: tuple[EvaluationSpec, ...]  # those that the store lacks
     needs_baseline: bool = False  # one of them compares with the baseline, which still has to run
     estimate_s: float | None = None  # expected seconds
+    margin: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the job's, by measure, for the record
+    share: tuple[str, ...] = ()  # statistics that this submission's cells of the same calibration ask for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,8 @@ class Board:
             data=self._data,
             command=shlex.join(sys.argv),
             shrink=self.scheduler.attempt(cell_id).shrink,
+            share=self._work[cell_id].share,
+            margin=self._work[cell_id].margin,
         )
         self._running[task.attempt_id] = _Attempt(cell_id=cell_id, started=utc_now(), began=now)
         self.emit(Started(cell=cell, attempt=number, worker=worker))

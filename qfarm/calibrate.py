@@ -1,8 +1,8 @@
 """Calibrate: walk a model block by block, learn what each linear layer's inputs look like, hand layers to a solver.
 
 In sequential mode a block is run again after it was quantized, so that later blocks see what the quantized model
-really feeds them (GPTQ, section 3.8); in independent mode statistics come from the original model and one pass
-suffices. A true-sequential solver also re-runs the block between groups of layers.
+really feeds them (GPTQ, section 3.8); in independent mode statistics come from the original model, one pass suffices,
+and cells can share it. A true-sequential solver also re-runs the block between groups of layers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from qfarm.models.load import LoadedModel
 from qfarm.quantized import QuantizedWeight
 from qfarm.quantizer import Grid, relative_error
 from qfarm.recipe import BlockSolver, WeightSolver, Wrapper
+from qfarm.shared import Group, SharedStatistics
 from qfarm.walk import BATCH_TOKENS, BlockProblem, Walk, for_any_batch
 
 
@@ -42,7 +43,6 @@ class LayerResult:
     notes: dict[str, Any]
 
 
-Group = tuple[str, ...]  # roles of layers that read the same input
 GridOf = Callable[[str], Grid | None]  # role -> grid; None leaves layers of that role at 16 bits
 Report = Callable[[int, int], None]  # blocks done, blocks
 
@@ -58,13 +58,15 @@ def quantize_weights(
     wrappers: Sequence[Wrapper] = (),
     seed: int = 0,
     batch_tokens: int = BATCH_TOKENS,
+    shared: SharedStatistics | None = None,
 ) -> list[LayerResult]:
     """Quantize every decoder linear of the model in place; windows [samples, length] are token ids.
 
-    `windows` may be None when neither the solver nor a wrapper needs statistics. Embeddings, norms, biases and the
-    head are untouched.
+    `windows` may be None when neither the solver nor a wrapper needs statistics. `shared` holds those of the same
+    windows, collected with the same batches; it serves independent mode only. Embeddings, norms, biases and the head
+    are untouched.
     """
-    run = _Run(loaded, solver, tuple(wrappers), grid_of, windows, sequential, seed, batch_tokens)
+    run = _Run(loaded, solver, tuple(wrappers), grid_of, windows, sequential, seed, batch_tokens, shared)
     results: list[LayerResult] = []
     for index in range(len(loaded.blocks)):
         report(index, len(loaded.blocks))
@@ -86,12 +88,15 @@ class _Run:
         sequential: bool,
         seed: int,
         batch_tokens: int,
+        shared: SharedStatistics | None,
     ) -> None:
         self.loaded, self.solver, self.wrappers, self.grid_of, self.seed = loaded, solver, wrappers, grid_of, seed
         self.wanted = solver.statistics().union(*(wrapper.statistics() for wrapper in wrappers))
         self.sequential = sequential or solver.true_sequential
         self.walk, self.original = None, None
-        if windows is not None and (self.wanted or isinstance(solver, BlockSolver)):
+        # A block solver walks the model itself, for its inputs and its targets.
+        self.shared = shared if not self.sequential and not isinstance(solver, BlockSolver) else None
+        if self.shared is None and windows is not None and (self.wanted or isinstance(solver, BlockSolver)):
             self.walk = Walk(loaded, windows, batch_tokens)
             # A block solver aims at what the original block makes of the original inputs.
             if isinstance(solver, BlockSolver) and self.sequential:
@@ -122,10 +127,14 @@ class _Run:
     def _statistics(
         self, index: int, groups: list[Group], linears: dict[str, nn.Linear], *, advance: bool
     ) -> dict[Group, InputStatistics]:
-        if self.walk is None or not self.wanted:
+        if not self.wanted or (self.walk is None and self.shared is None):
             return {}
-        first = {group: linears[group[0]] for group in groups}
-        stats = self.walk.collect(index, first, self.wanted, keep_outputs=advance)
+        if self.shared is not None:
+            stats = self.shared.block(index, groups, self.wanted)
+        else:
+            assert self.walk is not None
+            first = {group: linears[group[0]] for group in groups}
+            stats = self.walk.collect(index, first, self.wanted, keep_outputs=advance)
         for group, found in stats.items():
             found.foldable = absorbs_scale(self.loaded.model.config.to_dict(), group)
         return stats

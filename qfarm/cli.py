@@ -215,10 +215,12 @@ def _work(plan: Plan, only: str | None) -> list[Any]:
     from qfarm.driver import CellWork
     from qfarm.evaluate import build_evaluator
     from qfarm.matrix import find_cell
+    from qfarm.plan import shares
 
     chosen = find_cell(tuple(p.cell for p in plan.cells), only).cell_id if only else None
     open_cells = [p for p in plan.cells if not p.done and chosen in (None, p.cell.cell_id)]
     baselines = {p.cell.fingerprint for p in open_cells if p.cell.is_baseline}
+    share = shares(p.cell for p in open_cells)
     work = []
     for planned in open_cells:
         compares = any(build_evaluator(spec.name, spec.options).needs_baseline for spec in planned.missing)
@@ -228,6 +230,7 @@ def _work(plan: Plan, only: str | None) -> list[Any]:
                 evaluations=planned.missing,
                 needs_baseline=compares and not planned.cell.is_baseline and planned.cell.fingerprint in baselines,
                 estimate_s=planned.estimate.seconds,
+                share=share.get(planned.cell.cell_id, ()),
             )
         )
     return work

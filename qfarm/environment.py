@@ -96,10 +96,19 @@ def reset_peak_host_bytes() -> None:
 
 def peak_host_bytes() -> int | None:
     """Largest resident memory of this process since the last reset; None where it is not known."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+    return _kibibytes("/proc/self/status", "VmHWM:")
+
+
+def available_host_bytes() -> int | None:
+    """Memory of this machine that can be had without swapping; None where it is not known."""
+    return _kibibytes("/proc/meminfo", "MemAvailable:")
+
+
+def _kibibytes(path: str, field: str) -> int | None:
+    file = Path(path)
+    if file.is_file():
+        for line in file.read_text().splitlines():
+            if line.startswith(field):
                 return int(line.split()[1]) * 1024
     return None
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qfarm.errors import Failure, JobError, Unavailable
 from qfarm.estimate import Estimate, estimate, history, machine_rate
 from qfarm.evaluate import Evaluator, eval_id
 from qfarm.job import Job
-from qfarm.matrix import Cell, Invalid, expand
+from qfarm.matrix import Cell, Invalid, canonical_hash, expand
 from qfarm.models.reference import PROVISIONAL, ModelFacts, resolve
+from qfarm.recipe import BlockSolver, Recipe, Stage, build_method
 from qfarm.store import Store
 from qfarm.text import Part, text_hash
 
@@ -41,6 +42,8 @@ class Task:
     data: str | None  # folder of the data pack
     command: str = ""  # the command line of the submission
     shrink: int = 0  # earlier attempts that ran out of memory: batches are halved so often
+    margin: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the job's, by measure, for the record
+    share: tuple[str, ...] = ()  # statistics to collect at once, for this cell and others of the same calibration
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,6 +136,31 @@ def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisio
             )
         )
     return Plan(job=job, cells=tuple(planned), invalid=matrix.invalid, notes=(*matrix.notes, *notes))
+
+
+def shares(cells: Iterable[Cell]) -> dict[str, tuple[str, ...]]:
+    """By cell: the statistics that it and other cells of the same model, transform and calibration ask for together.
+
+    Cells that share nothing are left out: those in sequential mode, of block solvers, and any that stands alone.
+    """
+    groups: dict[str, list[tuple[str, frozenset[str]]]] = {}
+    for cell in cells:
+        if cell.statistics != "independent":
+            continue
+        recipe = Recipe.from_specs(cell.methods)
+        wanted = frozenset(map(str, recipe.input_statistics))
+        if wanted and not isinstance(recipe.solver, BlockSolver):
+            groups.setdefault(statistics_key(cell), []).append((cell.cell_id, wanted))
+    together = {key: sorted(frozenset().union(*(w for _, w in found))) for key, found in groups.items()}
+    return {cell_id: tuple(together[key]) for key, found in groups.items() if len(found) > 1 for cell_id, _ in found}
+
+
+def statistics_key(cell: Cell) -> str:
+    """Cells with the same key calibrate on the same inputs, in independent mode."""
+    transforms = [spec for spec in cell.methods if build_method(spec["name"], spec["options"]).stage is Stage.TRANSFORM]
+    # A transform may look at what is to be quantized.
+    scheme = cell.scheme if transforms else None
+    return canonical_hash([cell.fingerprint, cell.dtype, cell.calibration, cell.seed, transforms, scheme])
 
 
 def _refuse_long_windows(job: Job, cell: Cell, facts: ModelFacts) -> None:

@@ -6,8 +6,12 @@ chain is written:
 
     TRANSFORM    changes the model without changing its function (smoothing, rotation); claims no site
     WEIGHTS      one base solver per recipe quantizes linear layers one by one
-    ACTIVATIONS  installs quantizers at linear inputs, queries, probabilities
+    ACTIVATIONS  provides quantizers at linear inputs, queries, probabilities
     CACHE        provides the KV cache
+
+A method that does several of these inherits from several of the classes below: its claims are the union of theirs, and
+it stands in a chain where its first stage does. Sites that the scheme quantizes and nothing claims are rounded to
+nearest (`qfarm.layers.rtn`).
 
 Third parties add methods through the entry-point group `qfarm.methods` (name = method name, value = module).
 """
@@ -32,6 +36,10 @@ if TYPE_CHECKING:
     import torch
 
     from qfarm.inputs import InputStatistics, Statistic
+    from qfarm.layers.inject import MakeLayer
+    from qfarm.layers.rtn import Quantizer
+    from qfarm.layers.sites import Observed, Place
+    from qfarm.models.load import LoadedModel
     from qfarm.quantized import QuantizedWeight
     from qfarm.quantizer import Grid
     from qfarm.walk import BlockProblem
@@ -55,15 +63,31 @@ class Method:
     stage: ClassVar[Stage]
     claims: ClassVar[frozenset[str]] = frozenset()
     widths: ClassVar[range] = range(2, 9)  # weight widths that a weight solver supports, in bits
+    site_widths: ClassVar[Mapping[str, range]] = {}  # the same for other sites that are claimed; default: those of RTN
+    # Options that came after the first stored results: they enter the identity only when they are not at their default.
+    later: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def name(self) -> str:
         return type(self).__module__.rsplit(".", 1)[-1]
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Claims are the union of those of the bases and the stage their first, unless the class says otherwise."""
+        super().__init_subclass__(**keywords)
+        bases = [base for base in cls.__bases__ if issubclass(base, Method) and base is not Method]
+        if bases and "claims" not in vars(cls):
+            cls.claims = frozenset().union(*(base.claims for base in bases))
+        if bases and "stage" not in vars(cls):
+            cls.stage = min(base.stage for base in bases)
+
+    def statistics(self) -> frozenset[Statistic]:
+        """What the method needs to know of inputs: of the layers that it solves, of the sites that it quantizes."""
+        return frozenset()
+
     @property
     def needs_text(self) -> bool:
         """True if calibration text is read; then calibration and seed enter the cell's identity."""
-        return False
+        return bool(self.statistics())
 
     @property
     def needs_seed(self) -> bool:
@@ -78,9 +102,18 @@ class Method:
         """The rule that forbids this cell, or None. Called before anything is loaded."""
         return None
 
+    def model_refusal(self, config: Mapping[str, Any]) -> str | None:
+        """The rule that forbids this model, given its configuration, or None."""
+        return None
+
     def options(self) -> dict[str, Any]:
         """All options with their values, defaults included."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def identity(self) -> dict[str, Any]:
+        """The options that make up the identity: all but those of `later` that are at their default."""
+        usual = type(self)().options() if self.later else {}
+        return {k: value for k, value in self.options().items() if k not in self.later or value != usual[k]}
 
 
 class WeightSolver(Method):
@@ -92,7 +125,11 @@ class WeightSolver(Method):
 
     stage = Stage.WEIGHTS
     claims = frozenset({"weight"})
-    stackable: ClassVar[bool] = True
+
+    @property
+    def stackable(self) -> bool:
+        """Whether rows are independent, so that several layers may be solved as one matrix."""
+        return True
 
     def statistics(self) -> frozenset[Statistic]:
         """What `quantize_linear` needs to know of the layer's inputs."""
@@ -102,10 +139,6 @@ class WeightSolver(Method):
     def true_sequential(self) -> bool:
         """True: inside a block, layers see inputs that earlier layers of the block have already quantized."""
         return False
-
-    @property
-    def needs_text(self) -> bool:
-        return bool(self.statistics())
 
     def quantize_linear(self, weight: torch.Tensor, inputs: InputStatistics | None, grid: Grid) -> QuantizedWeight:
         """Quantize weight [out, in], float32. `inputs` is None when `statistics()` is empty."""
@@ -130,16 +163,60 @@ class Wrapper(Method):
     stage = Stage.WEIGHTS
     claims = frozenset({"weight"})
 
-    def statistics(self) -> frozenset[Statistic]:
-        """What `wrap` needs to know of the layer's inputs."""
-        return frozenset()
-
-    @property
-    def needs_text(self) -> bool:
-        return bool(self.statistics())
-
     def wrap(self, weight: torch.Tensor, quantized: QuantizedWeight, inputs: InputStatistics | None) -> QuantizedWeight:
         """weight [out, in] float32 is the original one. `inputs` is None when `statistics()` is empty."""
+        raise NotImplementedError
+
+
+class Transform(Method):
+    """Changes the model without changing its function, before its weights are quantized."""
+
+    stage = Stage.TRANSFORM
+
+    def transform(self, loaded: LoadedModel, observed: Observed, seed: int) -> list[str]:
+        """Change parameters through `loaded`, which puts them back; what was done or left out, for the attempt's notes.
+
+        `observed` holds what `statistics()` asks for of each linear layer's input, in the model as it stands: the
+        original one for the first transform of a chain. In float32 the logits stay equal within 1e-4.
+        """
+        raise NotImplementedError
+
+
+class ActivationMethod(Method):
+    """Provides quantizers of activations."""
+
+    stage = Stage.ACTIVATIONS
+    claims = frozenset({"linear_in"})
+    observes: ClassVar[frozenset[str]] = frozenset({"linear_in"})  # sites of which `statistics()` speaks
+
+    @property
+    def causal(self) -> bool:
+        """False if a quantizer looks across tokens: then prefill and decoding differ, and cells are marked."""
+        return True
+
+    def quantizer(self, place: Place, bits: int, observed: Observed) -> Quantizer | None:
+        """A function of a tensor that holds no state, or None to leave this place at 16 bits.
+
+        `place` is one of the claimed sites; who claims kv_cache is asked for k_pre_rope, k and v, the last two of
+        which are quantized when they are written to the cache. `observed` is of the model after all transforms.
+        """
+        raise NotImplementedError
+
+
+class CacheMethod(Method):
+    """Provides the layers of a quantized KV cache."""
+
+    stage = Stage.CACHE
+    claims = frozenset({"kv_cache"})
+    observes: ClassVar[frozenset[str]] = frozenset()  # sites of which `statistics()` speaks
+
+    @property
+    def causal(self) -> bool:
+        """False if what is stored of a token depends on later tokens other than by the residual's length."""
+        return True
+
+    def cache_layer(self, block: int, bits: int, observed: Observed) -> MakeLayer:
+        """What makes an empty cache layer of this block; it is called for every new cache."""
         raise NotImplementedError
 
 
@@ -164,6 +241,21 @@ class Recipe:
         return tuple(method for method in self.methods if isinstance(method, Wrapper))
 
     @property
+    def input_statistics(self) -> frozenset[Statistic]:
+        """What the weight solver and the terms on top of it need to know of a layer's inputs."""
+        asking = [method for method in self.methods if isinstance(method, WeightSolver | Wrapper)]
+        return frozenset().union(*(method.statistics() for method in asking))
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        return tuple(method for method in self.methods if isinstance(method, Transform))
+
+    @property
+    def site_methods(self) -> tuple[ActivationMethod | CacheMethod, ...]:
+        """Methods that quantize something beside the weights."""
+        return tuple(method for method in self.methods if isinstance(method, ActivationMethod | CacheMethod))
+
+    @property
     def claims(self) -> frozenset[str]:
         return frozenset().union(*(method.claims for method in self.methods))
 
@@ -177,7 +269,7 @@ class Recipe:
 
     def specs(self) -> list[dict[str, Any]]:
         """Plain data from which `from_specs` rebuilds the recipe in another process."""
-        return [{"name": m.name, "version": m.version, "options": m.options()} for m in self.methods]
+        return [{"name": m.name, "version": m.version, "options": m.identity()} for m in self.methods]
 
     @staticmethod
     def from_specs(specs: Sequence[Mapping[str, Any]]) -> Recipe:
@@ -260,6 +352,10 @@ def parse_recipe(entry: object) -> Recipe:
     solvers = [m.name for m in methods if isinstance(m, WeightSolver)]
     if len(solvers) > 1:
         raise InvalidInput(f"{chain}: {' and '.join(solvers)} both quantize weights; a recipe has one weight solver")
+    for site in sorted(frozenset().union(*(method.claims for method in methods)) - {"weight"}):
+        both = [method.name for method in methods if site in method.claims]
+        if len(both) > 1:
+            raise InvalidInput(f"{chain}: {' and '.join(both)} both quantize {site}; a site has one quantizer")
     if not solvers and any(isinstance(method, Wrapper) for method in methods):
         methods.append(build_method("rtn", {}))  # a term needs something to stand on; said here, it enters the identity
     return Recipe(tuple(sorted(methods, key=lambda method: (method.stage, isinstance(method, Wrapper)))))

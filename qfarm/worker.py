@@ -8,7 +8,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,14 +19,19 @@ from qfarm import environment
 from qfarm.calibrate import LayerResult, quantize_weights
 from qfarm.errors import Failure, InvalidInput, StoreFull, Unavailable, classify
 from qfarm.evaluate import build_evaluator
+from qfarm.inputs import Statistic
+from qfarm.layers.install import Installed, install_sites
+from qfarm.layers.observe import observe
+from qfarm.layers.sites import Observed
 from qfarm.matrix import Cell
 from qfarm.models.load import DTYPES, LoadedModel, load
 from qfarm.models.reference import ModelFacts, resolve
-from qfarm.plan import EvaluationSpec, Outcome, Task
+from qfarm.plan import EvaluationSpec, Outcome, Task, statistics_key
 from qfarm.quantizer import Grid
 from qfarm.recipe import Recipe, WeightSolver, build_method
 from qfarm.record import AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow, utc_now
 from qfarm.scheme import UNTOUCHED, parse_scheme
+from qfarm.shared import SharedStatistics, fits, needed_bytes, spare_bytes
 from qfarm.store import Store
 from qfarm.text import Part, load_text, text_hash
 from qfarm.walk import BATCH_TOKENS
@@ -49,6 +54,7 @@ class Session:
         self._loaded: LoadedModel | None = None
         self._facts: dict[str, ModelFacts] = {}
         self._windows: dict[tuple[Any, ...], Any] = {}
+        self._shared: dict[str, SharedStatistics] = {}  # by what they depend on; the latest used stands last
         self._hashes: dict[tuple[str, Part], str] = {}
 
     @property
@@ -64,16 +70,20 @@ class Session:
         """Sequences of `length` tokens per forward pass, from the usual tokens per pass."""
         return max(1, (tokens >> self.shrink) // length)
 
-    def begin(self, cell: Cell, shrink: int = 0) -> None:
-        """Make the cell's original model ready. Raises InvalidInput when the model is no longer what was planned."""
+    def begin(self, cell: Cell, shrink: int = 0, share: Sequence[str] = ()) -> None:
+        """Make the cell's original model ready; `share` names statistics to keep for cells that follow.
+
+        Raises InvalidInput when the model is no longer what was planned.
+        """
         self.cell, self.shrink, self.notes, self.baseline_states = cell, shrink, [], {}
+        self.share = frozenset(Statistic(name) for name in share)
         if shrink:
             self.note(f"batches halved up to {shrink} times after running out of memory; last bits may differ")
         key = (cell.fingerprint, cell.tokenizer, cell.dtype)
         if self._key == key:
             self.loaded.restore()
             return
-        self._key, self._loaded, self._windows = None, None, {}
+        self._key, self._loaded, self._windows, self._shared = None, None, {}, {}
         if cell.model not in self._facts:
             self._facts[cell.model] = resolve(cell.model)
         facts = self._facts[cell.model]
@@ -114,6 +124,24 @@ class Session:
             drawn = calibration_windows(corpus, self.loaded.tokenizer, plan["samples"], plan["length"], seed)
             self._windows[key] = drawn
         found: Tensor = self._windows[key]
+        return found
+
+    def shared_statistics(self) -> SharedStatistics | None:
+        """Statistics of the cell's inputs that other cells use too; None where nothing is or can be shared."""
+        if not self.share:
+            return None
+        key = f"{statistics_key(self.cell)} {BATCH_TOKENS >> self.shrink}"
+        found = self._shared.pop(key, None)
+        if found is None or not self.share <= found.wanted:
+            found = None
+            needed = needed_bytes(self.loaded, self.share)
+            while self._shared and not fits(needed):
+                self._shared.pop(next(iter(self._shared)))
+            if not fits(needed):
+                self.note(f"statistics not kept for other cells: {needed} bytes needed, {spare_bytes()} to spare")
+                return None
+            found = SharedStatistics(self.loaded, self.calibration(), BATCH_TOKENS >> self.shrink, self.share)
+        self._shared[key] = found
         return found
 
 
@@ -186,7 +214,11 @@ def run_cell(task: Task, session: Session, report: Progress) -> Outcome:
             peak_gpu_bytes=torch.cuda.max_memory_allocated() if session.device.type == "cuda" else None,
             notes=json.dumps(session.notes),
             # A Ray worker's own command line says nothing, and may carry secrets of the cluster.
-            provenance=json.dumps(environment.provenance() | {"command": task.command}),
+            provenance=json.dumps(
+                environment.provenance()
+                | {"command": task.command}
+                | ({"margin": dict(task.margin)} if task.margin else {})
+            ),
         )
     )
     return Outcome(
@@ -203,7 +235,7 @@ def run_cell(task: Task, session: Session, report: Progress) -> Outcome:
 def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: list[tuple[str, float]]) -> float:
     cell = task.cell
     with clock("load"):
-        session.begin(cell, task.shrink)
+        session.begin(cell, task.shrink, task.share)
     evaluators = [(spec, build_evaluator(spec.name, spec.options)) for spec in task.evaluations]
     with clock("prepare"):
         for spec, evaluator in evaluators:
@@ -211,8 +243,8 @@ def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: lis
                 session.require_text(name, part, spec.protocol["texts"][f"{name}/{part}"])
             evaluator.prepare(session)
     with clock("quantize" if cell.calibration is None else "calibrate + quantize") as progress:
-        layers = quantize_cell(session, progress)
-    row = cell_row(task, session, layers)
+        layers, installed = quantize_cell(session, progress)
+    row = cell_row(task, session, layers, installed)
     store.publish_cell(row, [_layer_row(cell.cell_id, layer) for layer in layers])
     for spec, evaluator in evaluators:
         with clock(f"evaluate {spec.label}") as progress, torch.no_grad():
@@ -227,8 +259,11 @@ def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: lis
     return row.linear_bits
 
 
-def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> list[LayerResult]:
-    """Apply the session's cell to its loaded model; what happened to each linear layer."""
+def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> tuple[list[LayerResult], Installed]:
+    """Apply the session's cell to its loaded model: transforms, weights, then the other sites.
+
+    What happened to each linear layer, and what was installed beside the weights.
+    """
     cell = session.cell
     recipe, scheme = Recipe.from_specs(cell.methods), parse_scheme(cell.scheme)
     solver = recipe.solver or build_method("rtn", {})
@@ -242,21 +277,50 @@ def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> lis
             bits=bits, group_size=cell.group_size, symmetric=cell.symmetric, scale_dtype=DTYPES[cell.scale_dtype]
         )
 
+    windows = session.calibration() if cell.calibration else None
+    _transform(session, recipe, windows)
+    asking = [method for method in recipe.site_methods if method.statistics()]
+    observed = _observe(
+        session,
+        frozenset().union(*(method.statistics() for method in asking)),
+        set().union(*(method.observes for method in asking)),
+        windows,
+    )
     # The baseline and schemes that leave weights alone pass here too: every layer is listed with its reason.
-    return quantize_weights(
+    layers = quantize_weights(
         session.loaded,
         solver,
         grid_of,
-        session.calibration() if cell.calibration else None,
+        windows,
         sequential=cell.statistics == "sequential",
         report=progress,
         wrappers=recipe.wrappers,
         batch_tokens=BATCH_TOKENS >> session.shrink,
         seed=cell.seed or 0,
+        shared=session.shared_statistics(),
     )
+    installed = install_sites(session.loaded, recipe, scheme, observed)
+    for note in installed.notes:
+        session.note(note)
+    return layers, installed
 
 
-def cell_row(task: Task, session: Session, layers: list[LayerResult]) -> CellRow:
+def _transform(session: Session, recipe: Recipe, windows: Tensor | None) -> None:
+    """Run the recipe's transforms, each on the model that the one before it left."""
+    for method in recipe.transforms:
+        observed = _observe(session, method.statistics(), {"linear_in"}, windows)
+        for note in method.transform(session.loaded, observed, session.cell.seed or 0):
+            session.note(f"{method.name}: {note}")
+
+
+def _observe(session: Session, wanted: frozenset[Statistic], sites: set[str], windows: Tensor | None) -> Observed:
+    if not wanted:
+        return {}
+    assert windows is not None, "statistics need calibration text"
+    return observe(session.loaded, windows, wanted, sites=sites, batch_tokens=BATCH_TOKENS >> session.shrink)
+
+
+def cell_row(task: Task, session: Session, layers: list[LayerResult], installed: Installed) -> CellRow:
     """The cell's row: axes, exact stored sizes, coverage."""
     cell, loaded = task.cell, session.loaded
     done = [layer for layer in layers if layer.solver is not None]
@@ -285,6 +349,8 @@ def cell_row(task: Task, session: Session, layers: list[LayerResult]) -> CellRow
         model_bytes=model_bytes,
         layers_quantized=len(done),
         layers_skipped=len(layers) - len(done),
+        kv_bits=installed.kv_bits,
+        causal=installed.causal,
         created=utc_now(),
     )
 

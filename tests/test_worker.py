@@ -12,7 +12,7 @@ import torch
 from qfarm.errors import Failure, StoreFull
 from qfarm.job import Job, parse_job
 from qfarm.models.load import LoadedModel
-from qfarm.plan import Outcome, Plan, Task, make_plan
+from qfarm.plan import Outcome, Plan, Task, make_plan, shares
 from qfarm.store import Store
 from qfarm.worker import Session, run_cell
 
@@ -43,7 +43,7 @@ class Farm:
     def plan(self) -> Plan:
         return make_plan(self.job, self.store, None)
 
-    def run(self, index: int) -> Outcome:
+    def run(self, index: int, share: tuple[str, ...] = ()) -> Outcome:
         planned = self.plan().cells[index]
         self.count += 1
         task = Task(
@@ -54,6 +54,7 @@ class Farm:
             attempt_id=f"attempt{self.count}",
             number=1,
             data=None,
+            share=share,
         )
         return run_cell(task, self.session, lambda *event: self.stages.append(event))
 
@@ -91,6 +92,31 @@ def test_a_whole_matrix(farm: Farm) -> None:
     assert bits["q"] == bits["o"] == 8 and bits["up"] == bits["down"] == 4
     stages = [stage for stage, _, _ in farm.stages]
     assert "load" in stages and "calibrate + quantize" in stages and any(s.startswith("evaluate") for s in stages)
+
+
+def test_sharing_statistics_changes_no_row(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = JOB.replace("[rtn, gptq]", "[gptq, spqr]").replace("[w3, w4/8]", "[w3]") + "statistics: independent\n"
+    alone = Farm(tmp_path / "alone", make_job(tiny, text))
+    together = Farm(tmp_path / "together", make_job(tiny, text))
+    share = next(iter(shares(planned.cell for planned in together.plan().cells).values()))
+    for index in range(3):
+        assert alone.run(index).failure is together.run(index, share if index else ()).failure is None
+    for table, ignored in (("layers", set()), ("documents", set()), ("cells", {"attempt_id", "created"})):
+        rows = [
+            [{k: v for k, v in row.items() if k not in ignored} for row in farm.table(table)]
+            for farm in (alone, together)
+        ]
+        assert rows[0] == rows[1] and rows[0], table
+    assert len(together.session._shared) == 1 and alone.session._shared == {}
+
+    # Where memory does not allow it, every cell collects for itself and says so.
+    monkeypatch.setattr("qfarm.shared.spare_bytes", lambda: 10)
+    poor = Farm(tmp_path / "poor", make_job(tiny, text))
+    assert poor.run(0).failure is poor.run(1, share).failure is None
+    assert poor.session._shared == {}
+    assert any("statistics not kept for other cells" in row["notes"] for row in poor.table("attempts"))
+    ids = {row["cell_id"] for row in poor.table("layers")}
+    assert poor.table("layers") == [row for row in alone.table("layers") if row["cell_id"] in ids]
 
 
 def test_results_do_not_depend_on_what_the_worker_did_before(farm: Farm, tmp_path: Path, tiny: Path) -> None:

@@ -1,0 +1,86 @@
+"""Shared: statistics of a model's original inputs, collected once and used by every cell that may use them.
+
+In independent mode (`statistics: independent`) what a linear layer is fed does not depend on how earlier layers were
+quantized, so one pass over the calibration text serves all cells of the same model, calibration and transform. What is
+kept are the statistics, block by block in host memory, never the activations; cells get the same bits as if they had
+collected them alone, and exactly the statistics that their methods ask for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qfarm import environment
+from qfarm.inputs import InputStatistics, Statistic
+from qfarm.models.load import LoadedModel
+from qfarm.walk import Walk
+
+Group = tuple[str, ...]  # roles of layers that read the same input
+SQUARE = frozenset({Statistic.HESSIAN, Statistic.NORMALISED_HESSIAN})
+SMALLEST_SHARE = 1 / 8  # of a machine's memory, for a worker that takes few of its cores (an unpublished value)
+
+
+class SharedStatistics:
+    """Statistics of one model's inputs over one calibration text.
+
+    Blocks are collected when they are first asked for, in order, each before its weights are replaced: a cell that
+    fails half-way leaves what it has collected to the next.
+    """
+
+    def __init__(self, loaded: LoadedModel, windows: Tensor, batch_tokens: int, wanted: frozenset[Statistic]) -> None:
+        self.wanted = wanted
+        self._loaded = loaded
+        self._walk: Walk | None = Walk(loaded, windows, batch_tokens)  # dropped after the last block
+        self._blocks: list[dict[Group, InputStatistics]] = []
+
+    def block(self, index: int, groups: Sequence[Group], wanted: frozenset[Statistic]) -> dict[Group, InputStatistics]:
+        """The wanted statistics of a block's inputs, on the model's device. Solvers must not change them."""
+        assert wanted <= self.wanted
+        assert index <= len(self._blocks), "blocks are visited in order"
+        if index == len(self._blocks):
+            self._blocks.append(self._collect(index))
+        return {group: _only(self._blocks[index][group], wanted, self._loaded.device) for group in groups}
+
+    def _collect(self, index: int) -> dict[Group, InputStatistics]:
+        assert self._walk is not None
+        linears = self._loaded.linears(index)
+        first = {group: linears[group[0]] for group in self._loaded.architecture.shared_inputs}
+        found = self._walk.collect(index, first, self.wanted, keep_outputs=True)
+        if index + 1 == len(self._loaded.blocks):
+            self._walk = None
+        return {group: _only(stats, self.wanted, torch.device("cpu")) for group, stats in found.items()}
+
+
+def needed_bytes(loaded: LoadedModel, wanted: frozenset[Statistic]) -> int:
+    """Host memory that a model's statistics take once all blocks are collected; the small ones are left out."""
+    squares = len(SQUARE & wanted)
+    total = 0
+    for index in range(len(loaded.blocks)):
+        linears = loaded.linears(index)
+        total += sum(linears[group[0]].in_features ** 2 for group in loaded.architecture.shared_inputs)
+    return 4 * squares * total
+
+
+def fits(size: int) -> bool:
+    spare = spare_bytes()
+    return spare is None or size <= spare
+
+
+def spare_bytes() -> int | None:
+    """Host memory that this process may fill: half of its share of what is free; None where that is not known."""
+    free = environment.available_host_bytes()
+    if free is None:
+        return None
+    share = torch.get_num_threads() / (os.cpu_count() or 1)
+    return int(free * min(1.0, max(SMALLEST_SHARE, share)) / 2)
+
+
+def _only(stats: InputStatistics, wanted: frozenset[Statistic], device: torch.device) -> InputStatistics:
+    """These statistics alone, so that a layer's row cannot depend on what other cells asked for."""
+    kept = {kind.value: value.to(device) for kind in wanted if (value := getattr(stats, kind.value)) is not None}
+    return dataclasses.replace(stats, **dict.fromkeys(map(str, Statistic), None) | kept)  # type: ignore[arg-type]
