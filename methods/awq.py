@@ -1,15 +1,21 @@
 """AWQ: enlarge weights of inputs with large activations before rounding, then clip each group where that helps.
 
     a = mean |x| per input   s = a^r / sqrt(max a^r min a^r), r = 0, 1/20, .. 19/20   W' = Q(W diag(s)) diag(s)^-1
-    choose the s of least tr((W' - W) H (W' - W)^T), H = mean x x^T; then per row and group of the scaled weight the
-    bound c = amax (1 - i/20), i = 0 .. 9, of least d^T H_g d, d = Q(clamp(w, -c, c)) - w   (arXiv 2306.00978)
+    choose the s of least error |M'(x) - M(x)|^2 of the module M that reads the input; then per row and group of the
+    scaled weight the bound c = amax (1 - i/20), i = 0 .. 9, of least d^T H_g d, d = Q(clamp(w, -c, c)) - w, where
+    H = mean x x^T of the scaled inputs   (arXiv 2306.00978)
+
+M is the whole attention for q/k/v and the whole MLP for gate/up, each run on calibration windows with the other layers
+untouched; a layer that reads its input alone (o, down, OPT's fc1) is its own M, whose error is exactly
+tr((W' - W) H (W' - W)^T) over all tokens. `objective: gram` takes that form for stacked layers too: all rows count
+alike, softmax and gating are not seen, no module is run.
 
 The factor s belongs into the operator that makes the input (norm, v, up), whose output is divided by it. Layers that
 share an input are solved as one matrix and share one s; where no operator can absorb it (o under grouped-query
-attention) s = 1 and only clipping is left. Queries and keys are not clipped: their product makes the error of either
-one meaningless.
+attention) s = 1 and only clipping is left, or, with `unfoldable: store`, s is kept as a vector and counted. Queries
+and keys are not clipped: their product makes the error of either one meaningless.
 
-Stored: codes, scales and zeros; s is folded and costs nothing.
+Stored: codes, scales and zeros; s is folded and costs nothing (stored: one number of the scale dtype per input).
 
 The fold is simulated in the weight, W_hat = Q(W s) / s, and the model itself is left alone. In exact arithmetic that
 is the same function. Not simulated are two roundings of a deployed model: of the divided norm weight to 16 bits, a
@@ -20,39 +26,52 @@ per row moves neither its grid nor its best bound.
 Inputs must come from the unquantized model, as in the reference: `statistics: independent`. With
 `statistics: sequential` they come from the quantized prefix, which is another method than the published one.
 
-Differences from mit-han-lab/llm-awq: the loss of q/k/v and of gate/up is the sum of the layers' own output errors
-rather than that of the whole attention or MLP (an approximation: all rows count alike, softmax and gating are not
-seen); o and down are exact. H and the clip search use all tokens instead of 512. Ranges always contain zero.
+Differences from mit-han-lab/llm-awq: M is run on 32 windows (`samples`), which are as many tokens at length 2048 as the
+reference's 128 blocks of 512. H and the clip search use all tokens instead of 512. Ranges always contain zero.
 Symmetric grids leave out the code -2^(b-1), which the reference never reaches. Inputs that never fire get the
 smallest s of the others; activations are floored at 1e-8 of the largest, instead of a^r at 1e-4, so that the scale of x
 has no influence. With duo_scaling (AutoAWQ) s = 1 is one more candidate, so that no layer loses to unscaled rounding.
 Scales are rounded to their storage dtype before weights. Layers that share an input but not their grid (other widths)
-are solved apart and keep s = 1: one norm cannot absorb two factors.
+are solved apart and keep s = 1: one norm cannot absorb two factors. An activation that is not positively homogeneous
+(GELU before fc2) is not wrapped in a division; `unfoldable: store` is that wrapper.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
+from torch import Tensor, nn
 
 from qfarm.errors import NonFinite
 from qfarm.inputs import InputStatistics, Statistic
 from qfarm.quantized import ColumnScaled, QuantizedWeight
 from qfarm.quantizer import Grid
-from qfarm.recipe import STRICT, WeightSolver
+from qfarm.recipe import STRICT, BlockSolver
+from qfarm.walk import BATCH_TOKENS, BlockProblem
 
 FAINTEST = 1e-8  # floor of an input's activity over the largest; s stays within 1e-4 .. 1e4
 UNCLIPPED = ("q", "k")
 
+Loss = Callable[[Tensor], float]  # of the weight that would be used, [rows, columns]
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class AWQ(WeightSolver):
+class AWQ(BlockSolver):
+    version = 2
     source = "Lin et al., MLSys 2024, arXiv 2306.00978; github.com/mit-han-lab/llm-awq; duo scaling: AutoAWQ"
 
+    objective: Literal["module", "gram"] = Field(
+        "module", description="error of the attention or MLP that reads the input, or of the layers' own outputs"
+    )
+    samples: int = Field(32, ge=1, description="calibration windows at most on which a module's error is measured")
+    unfoldable: Literal["skip", "store"] = Field(
+        "skip", description="where nothing absorbs the scale: none, or keep it as a vector, which is counted"
+    )
     ratios: int = Field(20, ge=1, le=100, description="exponents r = i / ratios tried, i from 0; 1 = no scaling")
     duo_scaling: bool = Field(False, description="divide a^r by the relative size of the weights, to the power 1 - r")
     clip: bool = Field(True, description="search a clipped range per row and group")
@@ -69,48 +88,162 @@ class AWQ(WeightSolver):
     def statistics(self) -> frozenset[Statistic]:
         return frozenset({Statistic.HESSIAN, Statistic.MEAN_ABS})
 
+    @property
+    def whole_blocks(self) -> bool:
+        return self.objective == "module"
+
+    def quantize_block(self, problem: BlockProblem) -> dict[str, QuantizedWeight]:
+        done: dict[str, QuantizedWeight] = {}
+        for inputs, roles in readers(problem):
+            kinds: dict[Grid | None, list[str]] = {}
+            for role in roles:
+                kinds.setdefault(problem.grids.get(role), []).append(role)
+            for grid, members in kinds.items():
+                if grid is not None:
+                    # One operator cannot absorb the different factors of layers that are solved apart.
+                    foldable = inputs.foldable and len(kinds) == 1
+                    done |= self._stack(problem, dataclasses.replace(inputs, foldable=foldable), members, grid)
+        return done
+
+    def _stack(
+        self, problem: BlockProblem, inputs: InputStatistics, roles: list[str], grid: Grid
+    ) -> dict[str, QuantizedWeight]:
+        """Layers that read the same input, as one matrix."""
+        weights = [problem.linears[role].weight.detach().float() for role in roles]
+        inputs = dataclasses.replace(inputs, roles=tuple((r, len(w)) for r, w in zip(roles, weights, strict=True)))
+        loss = module_loss(problem, roles, self.samples) if self.scales(inputs) and len(roles) > 1 else None
+        whole = self.solve(torch.cat(weights), inputs, grid, loss)
+        if len(roles) == 1:
+            return {roles[0]: whole}
+        parts, start = {}, 0
+        for role, rows in inputs.roles:
+            parts[role] = whole.row_range(start, start + rows)
+            parts[role].notes["solved_with"] = roles  # the figures are those of the whole stack
+            start += rows
+        return parts
+
     def quantize_linear(self, weight: Tensor, inputs: InputStatistics | None, grid: Grid) -> QuantizedWeight:
-        assert inputs is not None and inputs.hessian is not None and inputs.mean_abs is not None
-        if not bool(torch.isfinite(inputs.hessian).all() & torch.isfinite(inputs.mean_abs).all()):
+        assert inputs is not None
+        return self.solve(weight, inputs, grid)
+
+    def scales(self, inputs: InputStatistics) -> bool:
+        """Whether there is a place for s."""
+        return inputs.foldable or self.unfoldable == "store"
+
+    def solve(self, weight: Tensor, inputs: InputStatistics, grid: Grid, loss: Loss | None = None) -> QuantizedWeight:
+        """`loss` is that of the stack's own outputs by default."""
+        hessian = inputs.hessian
+        assert hessian is not None and inputs.mean_abs is not None
+        if not bool(torch.isfinite(hessian).all() & torch.isfinite(inputs.mean_abs).all()):
             raise NonFinite("the calibration inputs hold NaN or Inf")
         weight = weight.float()
         tried = self.candidates(weight, inputs, grid)
-        losses = [gram_loss(weight, rounded(weight, scale, grid), inputs.hessian) for _, scale in tried]
+        measure = loss or (lambda values: gram_loss(weight, values, hessian))
+        losses = [measure(rounded(weight, scale, grid)) for _, scale in tried]
         chosen = min(range(len(losses)), key=losses.__getitem__)  # the first of equals
         ratio, scale = tried[chosen]
         notes: dict[str, Any] = {"ratio": ratio, "loss": losses[chosen], "loss_unscaled": losses[0]}
+        notes["objective"] = "gram" if loss is None else "module"
         scaled = weight * scale
         if self.clip:
-            bound = search_clip(scaled, inputs.hessian / scale / scale[:, None], inputs.roles, grid, self)
+            bound = search_clip(scaled, hessian / scale / scale[:, None], inputs.roles, grid, self)
             notes["clipped_groups"] = float((bound < group_amax(scaled, grid)).float().mean())
             scaled = clamp_groups(scaled, bound)
         base = grid.quantize(scaled)
         clips = self.clip and bool(clippable(inputs.roles, weight).any())
-        base.solver = "awq" if clips or inputs.foldable else "rtn"
-        if not inputs.foldable:
+        base.solver = "awq" if clips or self.scales(inputs) else "rtn"
+        if not self.scales(inputs):
             notes["reason"] = "no operator before this layer can absorb a scale: s = 1"
         if chosen == 0:
             base.notes = notes
             return base
-        return ColumnScaled(base=base, factor=1 / scale, folded=True, solver="awq", notes=notes)
+        factor = 1 / scale if inputs.foldable else (1 / scale).to(grid.scale_dtype)
+        return ColumnScaled(base=base, factor=factor, folded=inputs.foldable, solver="awq", notes=notes)
 
     def candidates(self, weight: Tensor, inputs: InputStatistics, grid: Grid) -> list[tuple[float | None, Tensor]]:
         """(r, s [columns]) to try. The first is s = 1 and wins ties; with duo_scaling it belongs to no r."""
         assert inputs.mean_abs is not None
         activity = floored(inputs.mean_abs)
         exponents = [i / self.ratios for i in range(self.ratios)]
-        if not inputs.foldable:
-            return [(0.0, torch.ones_like(activity))]
+        ones = torch.ones_like(activity)
+        if not self.scales(inputs):
+            return [(0.0, ones)]
+
+        def stored(scale: Tensor) -> Tensor:
+            scale = centred(scale)
+            return scale if inputs.foldable else 1 / (1 / scale).to(grid.scale_dtype).float()
+
         if not self.duo_scaling:
-            return [(r, centred(activity**r)) for r in exponents]
+            return [(r, stored(activity**r)) for r in exponents]
         size = relative_size(weight, grid)
-        return [
-            (None, torch.ones_like(activity)),
-            *((r, centred(activity**r / (size ** (1 - r) + 1e-4))) for r in exponents),
-        ]
+        return [(None, ones), *((r, stored(activity**r / (size ** (1 - r) + 1e-4))) for r in exponents)]
 
 
 METHOD = AWQ
+
+
+def readers(problem: BlockProblem) -> Iterator[tuple[InputStatistics, list[str]]]:
+    """Each input of the block with all roles that read it, quantized or not."""
+    groups: dict[int, list[str]] = {}
+    for role, inputs in problem.statistics.items():
+        groups.setdefault(id(inputs), []).append(role)
+    for roles in groups.values():
+        yield problem.statistics[roles[0]], roles
+
+
+def module_loss(problem: BlockProblem, roles: list[str], samples: int) -> Loss | None:
+    """The squared error of the module that holds these layers, summed over outputs, mean over tokens.
+
+    None where that module is the block itself: the layers' own outputs are measured then.
+    """
+    names = {id(module): name for name, module in problem.block.named_modules()}
+    paths = [names[id(problem.linears[role])] for role in roles]
+    parents = {path.rpartition(".")[0] for path in paths}
+    if len(parents) > 1 or parents == {""}:
+        return None
+    module = problem.block.get_submodule(parents.pop())
+    parameters = [f"{path.rpartition('.')[2]}.weight" for path in paths]
+    heights = [problem.linears[role].out_features for role in roles]
+    calls = recorded_calls(problem, module, samples)
+
+    @torch.no_grad()
+    def loss(values: Tensor) -> float:
+        parts = torch.split(values.to(problem.linears[roles[0]].weight.dtype), heights)
+        weights = dict(zip(parameters, parts, strict=True))
+        total, tokens = 0.0, 0
+        for args, kwargs, target in calls:
+            out = _first(torch.func.functional_call(module, weights, args, kwargs))
+            total += float((out.float() - target.float()).square().sum(dtype=torch.float64))
+            tokens += target[..., 0].numel()
+        return total / tokens
+
+    return loss
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any], Tensor]
+
+
+@torch.no_grad()
+def recorded_calls(problem: BlockProblem, module: nn.Module, samples: int) -> list[Call]:
+    """Arguments, keyword arguments and output of a module of the original block, batch by batch."""
+    calls: list[Call] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        calls.append((args, kwargs, _first(out)))
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        batch = max(1, BATCH_TOKENS // problem.inputs.shape[1])
+        for hidden in torch.split(problem.inputs[:samples], batch):
+            problem.forward(hidden, {})
+    finally:
+        handle.remove()
+    return calls
+
+
+def _first(out: Any) -> Tensor:
+    first: Tensor = out[0] if isinstance(out, tuple) else out
+    return first
 
 
 def floored(mean_abs: Tensor) -> Tensor:

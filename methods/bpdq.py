@@ -23,7 +23,8 @@ Differences from the reference code:
 
 - H is scaled to a mean diagonal of 1 first. The ridge is absolute, so upstream its strength differs by layer.
 - c is rounded to its storage dtype before Q and E are computed; upstream rounds it afterwards, uncompensated.
-- The best iterate is kept per row, not for all rows at once: never worse, and rows stay independent.
+- The best iterate is kept per row, not for all rows at once: never worse, and rows stay independent. A row whose codes
+  repeat is left out of further rounds, which would repeat too.
 - E is computed from W_t - Q directly; upstream corrects the loop's E by the change of Q, which is the same in exact
   arithmetic. Only the best iterate's error is pushed onto later columns, which is the same result for less work.
 - Dead inputs (zero weight) do not take part in the fit of c, and do not enter the mean diagonal for damping.
@@ -196,6 +197,12 @@ class GroupSolution:
     errors: Tensor  # float32 [m, g]: E
     score: Tensor  # [m]: sum of E^2
 
+    def improve(self, rows: Tensor, found: GroupSolution) -> None:
+        """Take over `found`, which is of these rows, where its score is smaller."""
+        wins = found.score < self.score[rows]
+        for field in dataclasses.fields(self):
+            getattr(self, field.name)[rows[wins]] = getattr(found, field.name)[wins]
+
 
 def solve_group(current: Tensor, upper: Tensor, live: Tensor, grid: Grid, options: BPDQ) -> GroupSolution:
     """Codes and coefficients of weights [m, g]; `upper` [g, g] is their diagonal block of U, `live` [g] is 0 or 1."""
@@ -203,30 +210,26 @@ def solve_group(current: Tensor, upper: Tensor, live: Tensor, grid: Grid, option
     whiten = torch.linalg.solve_triangular(upper, identity, upper=True) * live[:, None]
     codes = initial_codes(current, grid.bits, options.initial_bits)
     coefficients = _stored(fit_coefficients(codes, grid.bits, current, whiten, options.ridge), grid)
+    rows = torch.arange(len(current), device=current.device)  # those whose codes still change
     best: GroupSolution | None = None
     for _ in range(options.iterations):
-        previous, (codes, _) = codes, assign(current, upper, levels_of(coefficients))
-        if best is not None and torch.equal(codes, previous):
-            break  # a fixed point: further rounds repeat it
-        coefficients = _stored(fit_coefficients(codes, grid.bits, current, whiten, options.ridge), grid)
-        errors = (current - levels_of(coefficients).gather(1, codes.long())) @ whiten
+        previous, (codes, _) = codes, assign(current[rows], upper, levels_of(coefficients))
+        if best is not None:  # a row at its fixed point would only repeat itself
+            moving = (codes != previous).any(1)
+            rows, codes = rows[moving], codes[moving]
+            if not len(rows):
+                break
+        coefficients = _stored(fit_coefficients(codes, grid.bits, current[rows], whiten, options.ridge), grid)
+        errors = (current[rows] - levels_of(coefficients).gather(1, codes.long())) @ whiten
         found = GroupSolution(codes, coefficients, errors, errors.square().sum(1))
-        best = found if best is None else _better(best, found)
+        if best is None:
+            best = found
+        else:
+            best.improve(rows, found)
     assert best is not None
     if not bool(torch.isfinite(best.score).all()):
         raise NonFinite("BPDQ produced NaN or Inf")
     return best
-
-
-def _better(best: GroupSolution, found: GroupSolution) -> GroupSolution:
-    wins = found.score < best.score
-    rows = wins[:, None]
-    return GroupSolution(
-        torch.where(rows, found.codes, best.codes),
-        torch.where(rows, found.coefficients, best.coefficients),
-        torch.where(rows, found.errors, best.errors),
-        torch.where(wins, found.score, best.score),
-    )
 
 
 def initial_codes(current: Tensor, bits: int, initial_bits: int) -> Tensor:
@@ -241,15 +244,16 @@ def assign(current: Tensor, upper: Tensor, levels: Tensor) -> tuple[Tensor, Tens
 
     Of levels that are equally near the lowest code wins.
     """
-    work, table = current.T.clone(), levels.T.contiguous()  # [g, m], [2^k, m]
+    work = current.T.clone()  # [g, m]
     codes, errors = torch.empty_like(work, dtype=torch.uint8), torch.empty_like(work)
     pivots: list[float] = upper.diagonal().tolist()
     for start in range(0, len(work), LEAF):
         stop = min(start + LEAF, len(work))
         for t in range(start, stop):
-            nearest = (work[t] - table).abs().argmin(0, keepdim=True)  # [1, m]
-            codes[t] = nearest[0]
-            errors[t] = (work[t] - table.gather(0, nearest)[0]) / pivots[t]
+            # Levels stand along the last axis: there argmin was 8 times as fast (576 rows, 2 bits, CPU).
+            nearest = (work[t, :, None] - levels).abs_().argmin(1, keepdim=True)  # [m, 1]
+            codes[t] = nearest[:, 0]
+            errors[t] = (work[t] - levels.gather(1, nearest)[:, 0]) / pivots[t]
             work[t + 1 : stop].addr_(upper[t, t + 1 : stop], errors[t], alpha=-1)
         work[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
     return codes.T.contiguous(), errors.T.contiguous()

@@ -57,7 +57,9 @@ class HQQ(WeightSolver):
     keep: Literal["last", "best"] = Field(
         "last", description="last: stop for all groups at the first rise; best: all iterations, each group's best zero"
     )
-    round_zero: bool | None = Field(None, description="round the initial zero; default: only at 4 bits")
+    round_zero: bool | Literal["at_4_bits"] = Field(
+        "at_4_bits", description="round the initial zero: true, false, or in layers of 4 bits only"
+    )
     normalize: bool = Field(False, description="shrink errors in units of the group's standard deviation")
 
     def refusal(self, group_size: int, symmetric: bool) -> str | None:
@@ -100,7 +102,7 @@ def initial(groups: Tensor, unit: Tensor, grid: Grid, options: HQQ) -> tuple[Ten
     scale = torch.maximum((high - low) / grid.top, FINEST * unit)
     scale = grid.store(torch.where(flat, 1.0, scale))
     zero = -low / scale
-    rounds = grid.bits == 4 if options.round_zero is None else options.round_zero
+    rounds = grid.bits == 4 if options.round_zero == "at_4_bits" else options.round_zero
     if rounds:
         zero = torch.where(flat, zero, torch.round(zero))
     return scale, stored_zero(zero, grid)

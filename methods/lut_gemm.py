@@ -28,6 +28,8 @@ Differences from github.com/naver-aics/lut-gemm and its port in dnotitia/qllm-in
 - A group stops when none of its signs changed; more rounds would not change it.
 - a and z are rounded to their storage dtype before signs are chosen for the last time.
 - `importance` is an exponent on diag(H); upstream's element weights with clipping and pruning are not here.
+- A group whose normal equations cannot be factored keeps its scales; a layer whose Hessian cannot is coded without
+  feedback and says so.
 - With `feedback`, groups are visited by their largest diag(H) and columns by diag(H) inside each (arXiv 2505.14638).
 - The kernel itself wants n % 32 = 0, even m, groups that are multiples of 32, and k <= 4; the format does not.
 """
@@ -90,7 +92,14 @@ class LUTGEMM(WeightSolver):
             return plain
         assert inputs is not None and hessian is not None
         size = weight.shape[1] // grid.groups(weight.shape[1])
-        factor = factorise(hessian, group_aware_order(hessian.diagonal(), size), self.damping, DAMPING_INCREMENT)
+        try:
+            order = group_aware_order(hessian.diagonal(), size)
+            factor = factorise(hessian, order, self.damping, DAMPING_INCREMENT)
+        except NonFinite:
+            if not bool(torch.isfinite(hessian).all()):
+                raise  # the model itself is broken: no fallback may hide that
+            plain.notes["reason"] = "no feedback: the Hessian could not be factored"
+            return plain
         result = quantize_with_feedback(weight, hessian.diagonal(), factor, grid, self)
         result.notes["ordinary_error"] = inputs.ordinary_error(weight, result.dequantize())
         result.notes["ordinary_error_without_feedback"] = inputs.ordinary_error(weight, plain.dequantize())
@@ -235,7 +244,9 @@ def least_squares(
     gram = (weighted.mT @ design).double()  # [R, k, k]
     gram.diagonal(dim1=1, dim2=2).add_(RIDGE * values.shape[1])
     right = (weighted.mT @ residual[..., None]).double()
-    step = torch.cholesky_solve(right, torch.linalg.cholesky(gram))[..., 0].to(values.dtype)
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    # Importances are summed in float32, so that nearly equal planes may leave gram indefinite despite the ridge.
+    step = torch.where(failed[:, None] == 0, torch.cholesky_solve(right, lower)[..., 0], 0).to(values.dtype)
     return alpha + step[:, :bits], None if offset is None else offset + step[:, bits]
 
 

@@ -21,6 +21,11 @@ is that of `stored_bytes`, like everywhere. Options that would need more than 2 
 Stored: mask [n] 1 bit; codes of salient columns 4 bits, their scale and 4-bit zero per row; signs of the other
 columns 1 bit; r1 alpha [m], r1 mu [m] and r2 [n - salient] in the scale dtype. Each packed row ends on 32 bits.
 
+Cost: an epoch is a forward and a backward pass of every calibration window through the block. A block of SmolLM2-135M
+took 0.5 s per window of 1024 on two busy CPU cores: 20 epochs of 32 windows on 30 blocks are some 2.5 hours there,
+and `epochs` or fewer samples shorten that in proportion. Statistics other than max |x| are collected for the layers'
+error figures alone. On one machine results repeat to the bit, with one thread or two.
+
 Differences from the paper and its code:
 
 - Ties at the threshold go to the lower index, so the number of salient columns is exact; the code keeps all of them.
@@ -87,7 +92,9 @@ class PTQ161(BlockSolver):
         return None
 
     def statistics(self) -> frozenset[Statistic]:
-        return frozenset({Statistic.MAX_ABS if self.salient_by == "max" else Statistic.MEAN_ABS})
+        strength = Statistic.MAX_ABS if self.salient_by == "max" else Statistic.MEAN_ABS
+        # The others are for the layers' errors only; they cost about as much as a tenth of an epoch.
+        return frozenset({strength, Statistic.HESSIAN, Statistic.SAMPLE})
 
     def quantize_block(self, problem: BlockProblem) -> dict[str, QuantizedWeight]:
         layers = {}
@@ -99,7 +106,7 @@ class PTQ161(BlockSolver):
         done: dict[str, QuantizedWeight] = {}
         for role, layer in layers.items():
             result = layer.frozen()
-            result.notes |= figures
+            result.notes |= figures | problem.error_notes(role, result.dequantize())
             done[role] = result
         return done
 

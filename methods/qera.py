@@ -92,6 +92,8 @@ class QERA(Wrapper):
         if not bool(torch.isfinite(rest).all()):
             raise NonFinite(f"the low-rank term does not fit {self.term_dtype}; use another term_dtype")
         term.notes = quantized.notes | {"rank": rank, "repaired": 1 - after / before if before else 0.0}
+        if inputs is not None and inputs.sample is not None:  # the solver's own figure is that of its weight alone
+            term.notes["ordinary_error_with_term"] = inputs.ordinary_error(weight, term.dequantize())
         if rank < wanted:
             _note(term.notes, f"qera: rank {wanted} cut to {rank}, the smaller side of the layer")
         return term

@@ -15,7 +15,11 @@ smallest or the largest, and lowers the sum by its own e^2 otherwise.
 Stored, columns in the loop's order: codes; per group the codes of s and z, and per 16 rows and group two 16-bit scales
 and two 16-bit real zeros; outliers as CSR (16-bit value, 16-bit column, 32-bit row offsets), whose value replaces
 the dense one; the order [n], int32, unless natural.
-Bits per weight: b + (b_s + b_z) / g + 64 / (16 g) + 32 r, r the share of outliers.
+Bits per weight: b + (b_s + b_z) / g + 64 / (16 g) + 32 r, r the share of outliers. `target_bits` searches each layer's
+threshold for the most outliers whose stored bytes, all of them counted, stay within a budget; one threshold for all
+layers, chosen on a few of them, would spend the bits where errors are large instead.
+
+Layers that share an input are solved apart, each with its own threshold, but share one factor of H.
 
 Differences from github.com/Vahe1994/SpQR:
 
@@ -31,6 +35,7 @@ Differences from github.com/Vahe1994/SpQR:
   others instead of 1, so that the scale of H has no influence.
 - The spearman chain takes the nearest column that is left; it starts at column 0 as the reference does.
 - Defaults are those of the repository's README (3-bit statistics, threshold 0.2, act_order, damping 1), not the code's.
+- A layer whose Hessian cannot be factored is rounded to nearest and says so.
 - Not here: symmetric grids, reserved_bins, a user's permutation, and the published kernel's 64-bit words.
 """
 
@@ -44,7 +49,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from qfarm.errors import NonFinite
+from qfarm.errors import InvalidInput, NonFinite
 from qfarm.inputs import InputStatistics, Statistic
 from qfarm.quantized import QuantizedWeight, pack_bits, packed_words
 from qfarm.quantizer import Grid
@@ -53,12 +58,17 @@ from qfarm.solver import Factor, factorise, solve
 
 SMALLEST = 1e-9  # floor of decoded scales, as in the reference code
 DAMPING_INCREMENT = 0.01
+THRESHOLD = 0.2  # default of outlier_threshold
+BUDGET_SLACK = 0.02  # bits per weight below target_bits that end the search
+BUDGET_STEPS = 12  # solutions of a layer at most, once thresholds on both sides of the budget are known
+BUDGET_FACTOR = 4.0  # between thresholds on the way there
+BUDGET_RANGE = (1e-7, 1e7)  # of relative thresholds
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SpQR(WeightSolver):
     source = "Dettmers et al., ICLR 2024, arXiv 2306.03078; code: github.com/Vahe1994/SpQR"
-    stackable = False  # the threshold is the layer's own, and second-level groups run along its rows
+    later = frozenset({"target_bits"})
 
     scale_bits: int | None = Field(3, ge=1, le=8, description="width of group scales; null: kept in the scale dtype")
     zero_bits: int | None = Field(
@@ -66,7 +76,13 @@ class SpQR(WeightSolver):
     )
     second_group: int = Field(16, ge=2, description="consecutive output rows that share second-level statistics")
     outlier_threshold: float | None = Field(
-        0.2, ge=0, allow_inf_nan=False, description="lower keeps more outliers; useful: 0.1 to 1; null: no outliers"
+        THRESHOLD,
+        ge=0,
+        allow_inf_nan=False,
+        description="lower keeps more outliers; useful: 0.1 to 1; null: no outliers",
+    )
+    target_bits: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="stored bits per weight that outliers may fill up; null: no budget"
     )
     simplified_outliers: bool = Field(False, description="fit groups with their outliers, without leave-one-out")
     order: Literal["identity", "act_order", "spearman"] = Field(
@@ -86,6 +102,8 @@ class SpQR(WeightSolver):
             return "a group of one weight has no range; use a group size of 2 or more, or -1"
         if self.simplified_outliers and self.outlier_threshold is None:
             return "simplified_outliers needs outliers; set outlier_threshold"
+        if self.target_bits is not None and self.outlier_threshold != THRESHOLD:
+            return "target_bits searches outlier_threshold; set one of them"
         return None
 
     def statistics(self) -> frozenset[Statistic]:
@@ -93,11 +111,33 @@ class SpQR(WeightSolver):
 
     def quantize_linear(self, weight: Tensor, inputs: InputStatistics | None, grid: Grid) -> QuantizedWeight:
         assert inputs is not None
+        heights = [rows for _, rows in inputs.roles] or [len(weight)]
+        parts: list[QuantizedWeight] = []
+        factor: Factor | None = None
+        for layer in torch.split(weight, heights):
+            if not parts or self.order == "spearman":  # an order of its own
+                factor = self._factor(layer, inputs)
+            parts.append(self._layer(layer, factor, inputs, grid))
+        return parts[0] if len(parts) == 1 else Layers(parts=parts)
+
+    def _factor(self, weight: Tensor, inputs: InputStatistics) -> Factor | None:
+        """None when a finite Hessian cannot be factored."""
         hessian = inputs.normalised_hessian if self.token_norm else inputs.hessian
         assert hessian is not None
-        factor = factorise(hessian, column_order(weight, hessian, self.order), self.damping, DAMPING_INCREMENT)
-        result = spqr(weight, factor, grid, self)
+        try:
+            return factorise(hessian, column_order(weight, hessian, self.order), self.damping, DAMPING_INCREMENT)
+        except NonFinite:
+            if not bool(torch.isfinite(hessian).all()):
+                raise  # the model itself is broken: no fallback may hide that
+            return None
+
+    def _layer(self, weight: Tensor, factor: Factor | None, inputs: InputStatistics, grid: Grid) -> QuantizedWeight:
         rtn = grid.quantize(weight)
+        if factor is None:
+            rtn.notes = {"reason": "the Hessian could not be factored"}
+            return rtn
+        solve_layer = spqr if self.target_bits is None else within_budget
+        result = solve_layer(weight, factor, grid, self)
         error = inputs.ordinary_error(weight, result.dequantize())
         rtn_error = inputs.ordinary_error(weight, rtn.dequantize())
         if error > rtn_error and self.on_worse == "rtn":
@@ -260,6 +300,46 @@ class SpQRWeight:
         return part
 
 
+@dataclasses.dataclass(kw_only=True)
+class Layers:
+    """Layers that share an input, solved one by one and handed back together."""
+
+    parts: list[QuantizedWeight]
+    solver: str = "spqr"
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+
+    @property
+    def bits(self) -> int:
+        return self.parts[0].bits
+
+    @property
+    def group_size(self) -> int:
+        return self.parts[0].group_size
+
+    def dequantize(self) -> Tensor:
+        return torch.cat([part.dequantize() for part in self.parts])
+
+    def stored_bytes(self) -> int:
+        return sum(part.stored_bytes() for part in self.parts)
+
+    def packed(self) -> dict[str, Tensor]:
+        return {f"{i}.{name}": t for i, part in enumerate(self.parts) for name, t in part.packed().items()}
+
+    def row_range(self, start: int, stop: int) -> QuantizedWeight:
+        """One of the layers, or rows within one."""
+        first = 0
+        for part in self.parts:
+            rows = part.shape[0]
+            if first <= start and stop <= first + rows:
+                return part if stop - start == rows else part.row_range(start - first, stop - first)
+            first += rows
+        raise ValueError(f"rows {start} to {stop} belong to several layers")
+
+
 def decoded(statistics: Statistics, floor: float = -torch.inf) -> Tensor:
     """Group scales or zeros [rows, groups], float32."""
     return statistics.values().clamp(min=floor) if isinstance(statistics, SecondLevel) else statistics.float()
@@ -359,6 +439,47 @@ def spqr(weight: Tensor, factor: Factor, grid: Grid, options: SpQR) -> SpQRWeigh
     share = float(layer.mask.float().mean())
     result.notes = {"damping": factor.damping, "loss": solution.loss, "outliers": share}
     result.notes["formula_bits"] = average_bits(grid.bits, size, share, options)
+    return result
+
+
+def within_budget(weight: Tensor, factor: Factor, grid: Grid, options: SpQR) -> SpQRWeight:
+    """The solution with the most outliers that `target_bits` allows; its notes name the threshold.
+
+    Bisects the logarithm of the threshold: fewer outliers, hence fewer bits, the higher it is. Raises InvalidInput
+    when codes and statistics alone are over the budget.
+    """
+    budget = options.target_bits
+    assert budget is not None
+
+    def at(threshold: float) -> tuple[SpQRWeight, float]:
+        result = spqr(weight, factor, grid, dataclasses.replace(options, outlier_threshold=threshold))
+        result.notes["outlier_threshold"] = threshold
+        return result, 8 * result.stored_bytes() / weight.numel()
+
+    low = high = THRESHOLD
+    result, bits = at(high)
+    while bits > budget and high < BUDGET_RANGE[1]:
+        low, high = high, high * BUDGET_FACTOR
+        result, bits = at(high)
+    if bits > budget:
+        raise InvalidInput(
+            f"spqr: target_bits {budget:g} is less than a layer of {weight.shape[0]} x {weight.shape[1]} takes without "
+            f"outliers, {bits:.3f}; raise it or the group size, or lower the width"
+        )
+    while low == high > BUDGET_RANGE[0] and budget - bits > BUDGET_SLACK:  # no threshold over the budget is known yet
+        other, other_bits = at(low / BUDGET_FACTOR)
+        low = low / BUDGET_FACTOR
+        if other_bits <= budget:
+            result, bits, high = other, other_bits, low
+    for _ in range(BUDGET_STEPS):
+        if budget - bits <= BUDGET_SLACK or low == high:
+            break
+        middle = (low * high) ** 0.5
+        other, other_bits = at(middle)
+        if other_bits <= budget:
+            result, bits, high = other, other_bits, middle
+        else:
+            low = middle
     return result
 
 

@@ -20,7 +20,8 @@ from qfarm.models.architecture import absorbs_scale
 from qfarm.models.load import LoadedModel
 from qfarm.quantized import QuantizedWeight
 from qfarm.quantizer import Grid, relative_error
-from qfarm.recipe import BlockSolver, WeightSolver, Wrapper
+from qfarm.recipe import BlockSolver, WeightSolver, Wrapper, solves_blocks
+from qfarm.scheme import UNTOUCHED
 from qfarm.shared import Group, SharedStatistics
 from qfarm.walk import BATCH_TOKENS, BlockProblem, Walk, for_any_batch
 
@@ -59,14 +60,17 @@ def quantize_weights(
     seed: int = 0,
     batch_tokens: int = BATCH_TOKENS,
     shared: SharedStatistics | None = None,
+    input_bits: int = UNTOUCHED,
 ) -> list[LayerResult]:
     """Quantize every decoder linear of the model in place; windows [samples, length] are token ids.
 
     `windows` may be None when neither the solver nor a wrapper needs statistics. `shared` holds those of the same
-    windows, collected with the same batches; it serves independent mode only. Embeddings, norms, biases and the head
-    are untouched.
+    windows, collected with the same batches; it serves independent mode only. `input_bits` is what
+    the inputs of linear layers will be quantized to, for solvers that train against it. Embeddings and the head are
+    untouched, norms and biases too unless a block solver learns them.
     """
     run = _Run(loaded, solver, tuple(wrappers), grid_of, windows, sequential, seed, batch_tokens, shared)
+    run.input_bits = input_bits
     results: list[LayerResult] = []
     for index in range(len(loaded.blocks)):
         report(index, len(loaded.blocks))
@@ -92,19 +96,21 @@ class _Run:
     ) -> None:
         self.loaded, self.solver, self.wrappers, self.grid_of, self.seed = loaded, solver, wrappers, grid_of, seed
         self.wanted = solver.statistics().union(*(wrapper.statistics() for wrapper in wrappers))
-        self.sequential = sequential or solver.true_sequential
+        self.input_bits = UNTOUCHED
+        original_inputs = solves_blocks(solver) and solver.original_inputs
+        self.sequential = (sequential or solver.true_sequential) and not original_inputs
         self.walk, self.original = None, None
         # A block solver walks the model itself, for its inputs and its targets.
-        self.shared = shared if not self.sequential and not isinstance(solver, BlockSolver) else None
-        if self.shared is None and windows is not None and (self.wanted or isinstance(solver, BlockSolver)):
+        self.shared = shared if not self.sequential and not solves_blocks(solver) else None
+        if self.shared is None and windows is not None and (self.wanted or solves_blocks(solver)):
             self.walk = Walk(loaded, windows, batch_tokens)
             # A block solver aims at what the original block makes of the original inputs.
-            if isinstance(solver, BlockSolver) and self.sequential:
+            if solves_blocks(solver) and self.sequential:
                 self.original = self.walk.copy()
 
     def block(self, index: int) -> list[LayerResult]:
         linears = self.loaded.linears(index)
-        if isinstance(self.solver, BlockSolver):
+        if solves_blocks(self.solver):
             results = self._whole_block(index, linears, self.solver)
         else:
             results = self._layer_by_layer(index, linears)
@@ -186,12 +192,18 @@ class _Run:
             keywords={key: for_any_batch(value, samples) for key, value in self.walk.keywords[0][index].items()},
             seed=self.seed * 100_003 + index,
             statistics={role: found for group, found in stats.items() for role in group},
+            index=index,
+            blocks=len(self.loaded.blocks),
+            input_bits=self.input_bits,
         )
         if self.original is not None:
             self.original.hidden = targets
         elif not self.sequential:
             self.walk.hidden = targets
         done = solver.quantize_block(problem) if grids else {}
+        for name, values in problem.learned.items():
+            module, _, own = name.rpartition(".")
+            self.loaded.replace_parameter(problem.block.get_submodule(module), own, values)
         results = []
         for group in groups:
             for role in group:

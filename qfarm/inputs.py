@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from qfarm.errors import NonFinite
 
 SAMPLE_TOKENS = 512  # ordinary tokens kept per layer
 NORM_LIMIT = 4.0  # a token is ordinary up to 4x the median norm (an unpublished value)
+# Symmetric products are taken panel by panel, below the diagonal only: 5/8 of the arithmetic with 4 panels, 9/16 with
+# 8. Narrower panels than these lose it again (two cores, n = 576 and 1536: docs/benchmarks.md).
+PANELS, PANEL_WIDTH = 8, 192
 
 
 class Statistic(enum.StrEnum):
@@ -35,25 +39,52 @@ class InputStatistics:
     foldable: bool = False  # a factor per input column can be absorbed by the operator before this layer
     roles: tuple[tuple[str, int], ...] = ()  # the layers stacked into one weight, in order: role, rows
 
+    def ordinary_errors(self, weight: Tensor) -> Callable[[Tensor], float]:
+        """Quantized weight -> ||(W - Q) X||^2 / ||W X||^2 on the sample of ordinary tokens, for weight [rows, n].
+
+        For comparing several Q with one W, whose own product is taken once.
+        """
+        assert self.sample is not None
+        weight, columns = weight.float(), self.sample.T
+        norm = _squares(weight @ columns)
+
+        def error(quantized: Tensor) -> float:
+            total = _squares((weight - quantized) @ columns)
+            return total / norm if norm else total
+
+        return error
+
     def ordinary_error(self, weight: Tensor, quantized: Tensor) -> float:
         """||(W - Q) X||^2 / ||W X||^2 on the sample of ordinary tokens."""
-        assert self.sample is not None
-        return _ratio((weight.float() - quantized) @ self.sample.T, weight.float() @ self.sample.T)
+        return self.ordinary_errors(weight)(quantized)
 
     def output_error(self, weight: Tensor, quantized: Tensor) -> float | None:
         """The same on all calibration tokens, from the Hessian; None without one."""
         if self.hessian is None:
             return None
-        delta, weight = weight.float() - quantized, weight.float()
-        norm = float(((weight @ self.hessian) * weight).sum())
-        error = float(((delta @ self.hessian) * delta).sum())
+        norm = _energy(weight.float(), self.hessian)
+        error = _energy(weight.float() - quantized, self.hessian)
         return error / norm if norm > 0 else error
 
 
-def _ratio(error: Tensor, reference: Tensor) -> float:
-    norm = float(reference.square().sum())
-    total = float(error.square().sum())
-    return total / norm if norm else total
+def _squares(values: Tensor) -> float:
+    return float(values.square_().sum())
+
+
+def _energy(weight: Tensor, hessian: Tensor) -> float:
+    """tr(W H W^T) for symmetric H, of which only the blocks on and below the diagonal are read."""
+    parts = []
+    for start, stop in _panels(len(hessian)):
+        here = weight[:, start:stop]
+        product = here @ hessian[start:stop, start:stop]
+        product.addmm_(weight[:, stop:], hessian[stop:, start:stop], alpha=2)
+        parts.append(product.mul_(here).sum())
+    return float(torch.stack(parts).double().sum())
+
+
+def _panels(n: int) -> list[tuple[int, int]]:
+    width = max(PANEL_WIDTH, -(-n // PANELS))
+    return [(start, min(start + width, n)) for start in range(0, n, width)]
 
 
 class Collector:
@@ -83,10 +114,10 @@ class Collector:
             top = x.abs().amax(0)
             self.stats.max_abs = top if self.stats.max_abs is None else torch.maximum(self.stats.max_abs, top)
         if Statistic.SAMPLE in self.wanted:
-            ordinary = x[norms <= limit]
+            ordinary = torch.nonzero(norms <= limit)[:, 0]
             count = max(1, round(self._share * len(x)))
             step = max(1, len(ordinary) // count)
-            self._samples.append(ordinary[::step][:count].clone())
+            self._samples.append(x[ordinary[::step][:count]])
 
     def result(self) -> InputStatistics:
         if not self.stats.tokens:
@@ -94,10 +125,22 @@ class Collector:
         for name in ("hessian", "normalised_hessian", "mean_abs"):
             total = getattr(self.stats, name)
             if total is not None:
-                setattr(self.stats, name, total / self.stats.tokens)
+                whole = _mirrored(total) if total.dim() == 2 else total
+                setattr(self.stats, name, whole / self.stats.tokens)
         self.stats.sample = torch.cat(self._samples) if self._samples else None
         return self.stats
 
 
 def _add_product(total: Tensor | None, x: Tensor) -> Tensor:
-    return x.T @ x if total is None else total.addmm_(x.T, x)
+    """Add x^T x to total [n, n], on and below the diagonal only; x [tokens, n]."""
+    n = x.shape[1]
+    if total is None:
+        total = torch.zeros(n, n, dtype=x.dtype, device=x.device)
+    for start, stop in _panels(n):
+        total[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
+    return total
+
+
+def _mirrored(lower: Tensor) -> Tensor:
+    """The symmetric matrix with this lower triangle."""
+    return lower.tril() + lower.tril(-1).T

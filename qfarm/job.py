@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +13,7 @@ import pydantic
 import yaml
 
 from qfarm.errors import InvalidInput, JobError, nearest
+from qfarm.margin import Margin, parse_margin
 from qfarm.scheme import Scheme, parse_scheme
 from qfarm.text import check_name
 
@@ -40,6 +43,14 @@ class Resources(pydantic.BaseModel):
     gpus: float = pydantic.Field(1, ge=0, le=1, allow_inf_nan=False)
     cpus: int = pydantic.Field(1, ge=1)
     workers: int | None = pydantic.Field(None, ge=1, description="at most so many workers; default: all that fit")
+
+
+class Margins(pydantic.BaseModel):
+    """Losses of quality to be called negligible: fixed beforehand, part of no identity."""
+
+    model_config = FORBID
+    perplexity: Any = pydantic.Field(None, description="'1 %'")
+    accuracy: Any = pydantic.Field(None, description="'1 point'")
 
 
 class Match(pydantic.BaseModel):
@@ -80,6 +91,7 @@ class JobFile(pydantic.BaseModel):
     calibration: Calibration = Calibration()
     seeds: list[Seed] = pydantic.Field(default_factory=lambda: [0], min_length=1)
     evaluate: list[Any] = pydantic.Field(min_length=1)
+    margin: Margins = Margins()
     include: list[Include] = pydantic.Field(default_factory=list)
     exclude: list[Match] = pydantic.Field(default_factory=list)
     resources: Resources = Resources()
@@ -107,6 +119,7 @@ class Job:
     blocks: tuple[Block, ...]
     exclude: tuple[Match, ...]
     evaluations: tuple[Any, ...]  # of qfarm.evaluate.Evaluator
+    margins: Mapping[str, Margin] = dataclasses.field(default_factory=dict)  # by measure
 
 
 def load_job(path: str | Path) -> Job:
@@ -205,7 +218,9 @@ def _resolve(file: JobFile, path: str, where: _Locator) -> Job:
     main = complete((), block((), file, None))
     extra = tuple(complete(key := ("include", i), block(key, part, main)) for i, part in enumerate(file.include))
     # The same evaluation written twice is one.
-    evaluations = tuple(dict.fromkeys(each(("evaluate",), file.evaluate, evaluate.parse_evaluation)))
+    evaluations = tuple(
+        dict.fromkeys(itertools.chain(*each(("evaluate",), file.evaluate, evaluate.parse_evaluation)))
+    )
     try:
         check_name(file.calibration.text)
     except InvalidInput as error:
@@ -216,7 +231,24 @@ def _resolve(file: JobFile, path: str, where: _Locator) -> Job:
                 parse_scheme(match.bits)
             except InvalidInput as error:
                 raise JobError(f"{where('exclude', index, 'bits')}: {error}") from None
-    return Job(path=path, file=file, blocks=(main, *extra), exclude=tuple(file.exclude), evaluations=evaluations)
+    return Job(
+        path=path,
+        file=file,
+        blocks=(main, *extra),
+        exclude=tuple(file.exclude),
+        evaluations=evaluations,
+        margins=_margins(file.margin, where),
+    )
+
+
+def _margins(given: Margins, where: _Locator) -> dict[str, Margin]:
+    margins = {}
+    for measure, text in given.model_dump(exclude_none=True).items():
+        try:
+            margins[measure] = parse_margin(measure, text)
+        except InvalidInput as error:
+            raise JobError(f"{where('margin', measure)}: {error}") from None
+    return margins
 
 
 def _group_size(value: int) -> int:
@@ -228,6 +260,7 @@ def _group_size(value: int) -> int:
 _NESTED: dict[str, type[pydantic.BaseModel]] = {
     "calibration": Calibration,
     "resources": Resources,
+    "margin": Margins,
     "include": Include,
     "exclude": Match,
 }

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from qfarm.errors import InvalidInput, JobError
 from qfarm.job import Block, Calibration, Job, JobFile, Match
+from qfarm.layers.sites import RTN_VERSIONS, RTN_WIDTHS
 from qfarm.scheme import Scheme, parse_scheme
 
 if TYPE_CHECKING:
     from qfarm.models.reference import ModelFacts
     from qfarm.recipe import Recipe
 
-# Sites that get round-to-nearest when the scheme quantizes them and no method of the recipe claims them.
-RTN_SITES = frozenset({"weight"})
 ID_CHARACTERS = 16
 
 
@@ -48,6 +47,8 @@ class Cell:
     statistics: str | None  # sequential | independent; None when nothing is calibrated
     calibration: Mapping[str, Any] | None  # text, source hash, samples, length
     seed: int | None
+    # Sites that no method claims and that are therefore rounded to nearest, with the version of the rule.
+    rounded: Mapping[str, int] = dataclasses.field(default_factory=dict)
     variant: str = ""  # options that are not the defaults, for people: "act_order=true"
 
     @property
@@ -55,10 +56,16 @@ class Cell:
         return self.recipe == "baseline"
 
     @property
+    def quantizes_kv(self) -> bool:
+        return "kv_cache" in parse_scheme(self.scheme).sites
+
+    @property
     def cell_id(self) -> str:
         identity = dataclasses.asdict(self)
         # The name under which a model or a text was found is not part of what it is.
         del identity["model"], identity["recipe"], identity["variant"]
+        if not self.rounded:
+            del identity["rounded"]  # so that cells of weights alone keep the identity that they had before the others
         if self.calibration:
             identity["calibration"] = {k: v for k, v in self.calibration.items() if k != "text"}
         return canonical_hash(identity)
@@ -67,7 +74,10 @@ class Cell:
     def label(self) -> str:
         group = "" if self.group_size == -1 else f" g{self.group_size}"
         seed = f" seed {self.seed}" if self.seed else ""
-        options = f" ({self.variant})" if self.variant else ""
+        # Like seed 0, the first version of a rule goes without saying.
+        later = [f"{site} rtn v{version}" for site, version in self.rounded.items() if version > 1]
+        words = ", ".join([*filter(None, [self.variant]), *later])
+        options = f" ({words})" if words else ""
         return f"{self.recipe}{options} {self.scheme}{group}{seed}"
 
 
@@ -126,21 +136,33 @@ def broken_rule(file: JobFile, facts: ModelFacts, recipe: Recipe, scheme: Scheme
     """The first rule that this combination breaks, or None when it can run."""
     if not scheme.sites:
         return f"{scheme} leaves everything at 16 bits; that is the baseline, which is added by itself"
-    idle = sorted(recipe.claims - scheme.sites)
+    required = (method.claims - method.optional for method in recipe.methods)
+    idle = sorted(frozenset().union(*required) - scheme.sites)
     if idle:
         return f"{recipe.name} quantizes {', '.join(idle)}, which {scheme} leaves at 16 bits"
-    orphans = sorted(scheme.sites - recipe.claims - RTN_SITES)
-    if orphans:
-        return f"{scheme} quantizes {', '.join(orphans)}, which no method of {recipe.name} does"
     for method in recipe.methods:
-        refused = method.refusal(group_size, bool(file.symmetric))
+        refused = (
+            method.refusal(group_size, bool(file.symmetric))
+            or method.recipe_refusal(recipe)
+            or method.model_refusal(facts.config)
+        )
         if refused:
             return f"{method.name}: {refused}"
     solver = recipe.solver
     if solver and solver.true_sequential and file.statistics == "independent":
         return f"{solver.name}: true-sequential sees quantized layers, which statistics: independent rules out"
-    if "weight" in scheme.sites:
-        return _broken_weight_rule(facts, recipe, scheme, group_size)
+    return _broken_width(recipe, scheme) or _broken_weight_rule(facts, recipe, scheme, group_size)
+
+
+def _broken_width(recipe: Recipe, scheme: Scheme) -> str | None:
+    """A site other than the weights whose width its quantizer does not support."""
+    for site in sorted(scheme.sites - {"weight"}):
+        claimant = next((method for method in recipe.methods if site in method.claims), None)
+        widths = claimant.site_widths.get(site, RTN_WIDTHS[site]) if claimant else RTN_WIDTHS[site]
+        bits = getattr(scheme, site)
+        if bits not in widths:
+            name = claimant.name if claimant else "rtn"
+            return f"{name} quantizes {site} to {widths.start}..{widths.stop - 1} bits, not {bits}"
     return None
 
 
@@ -151,7 +173,7 @@ def _broken_weight_rule(facts: ModelFacts, recipe: Recipe, scheme: Scheme, group
         if bits not in widths:
             name = solver.name if solver else "rtn"
             return f"{name} quantizes weights to {widths.start}..{widths.stop - 1} bits, not {bits}"
-    if group_size == -1:
+    if group_size == -1 or "weight" not in scheme.sites:
         return None
     for role, (_, inputs) in (facts.linear_shapes or {}).items():
         if inputs % group_size:
@@ -192,13 +214,32 @@ def _cell(
         group_size=group_size,
         symmetric=bool(job.file.symmetric) and weights,
         scale_dtype=job.file.scale_dtype if weights else "float16",
-        statistics=job.file.statistics if resolved.needs_text else None,
+        statistics=_statistics(job.file, resolved),
         calibration=(
             calibration.model_dump() | {"source": text_hash(calibration.text)} if resolved.needs_text else None
         ),
         seed=seed if resolved.needs_seed else None,
+        rounded=_rounded(resolved, scheme),
         variant=_variant(recipe, group_size),
     )
+
+
+def _statistics(file: JobFile, recipe: Recipe) -> str | None:
+    from qfarm.recipe import solves_blocks
+
+    if not recipe.needs_text:
+        return None
+    solver = recipe.solver
+    return "independent" if solves_blocks(solver) and solver.original_inputs else file.statistics
+
+
+def _rounded(recipe: Recipe, scheme: Scheme) -> dict[str, int]:
+    from qfarm.recipe import lookup
+
+    found = {site: RTN_VERSIONS[site] for site in sorted(scheme.sites - recipe.claims - {"weight"})}
+    if "weight" in scheme.sites and recipe.solver is None:
+        found["weight"] = lookup("rtn").version
+    return found
 
 
 def _variant(recipe: Recipe, group_size: int) -> str:

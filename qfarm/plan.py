@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from qfarm.errors import Failure, JobError, Unavailable
@@ -13,7 +13,7 @@ from qfarm.evaluate import Evaluator, eval_id
 from qfarm.job import Job
 from qfarm.matrix import Cell, Invalid, canonical_hash, expand
 from qfarm.models.reference import PROVISIONAL, ModelFacts, resolve
-from qfarm.recipe import BlockSolver, Recipe, Stage, build_method
+from qfarm.recipe import Recipe, Stage, build_method, solves_blocks
 from qfarm.store import Store
 from qfarm.text import Part, text_hash
 
@@ -122,11 +122,17 @@ def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisio
     quantized = store.finished_cells() if store else frozenset()
     past, rate = history(store), machine_rate(job.file.resources.gpus)
     planned = []
+    with_kv = {cell.fingerprint for cell in matrix.cells if cell.quantizes_kv}
     for cell in matrix.cells:
-        specs = [_spec(evaluator, cell, hash_of) for evaluator in job.evaluations]
+        wanted = {
+            spec.eval_id: (spec, evaluator)
+            for kv in _cache_kinds(cell, with_kv)
+            for evaluator in job.evaluations
+            for spec in [_spec(evaluator, cell, hash_of, kv=kv)]
+        }
+        specs = [spec for spec, _ in wanted.values()]
         done = [cell.cell_id in quantized and (cell.cell_id, spec.eval_id) in finished for spec in specs]
-        pairs = zip(specs, job.evaluations, done, strict=True)
-        missing = {spec.eval_id: evaluator for spec, evaluator, known in pairs if not known}
+        missing = {spec.eval_id: wanted[spec.eval_id][1] for spec, known in zip(specs, done, strict=True) if not known}
         planned.append(
             PlannedCell(
                 cell=cell,
@@ -149,7 +155,7 @@ def shares(cells: Iterable[Cell]) -> dict[str, tuple[str, ...]]:
             continue
         recipe = Recipe.from_specs(cell.methods)
         wanted = frozenset(map(str, recipe.input_statistics))
-        if wanted and not isinstance(recipe.solver, BlockSolver):
+        if wanted and not solves_blocks(recipe.solver):
             groups.setdefault(statistics_key(cell), []).append((cell.cell_id, wanted))
     together = {key: sorted(frozenset().union(*(w for _, w in found))) for key, found in groups.items()}
     return {cell_id: tuple(together[key]) for key, found in groups.items() if len(found) > 1 for cell_id, _ in found}
@@ -161,6 +167,13 @@ def statistics_key(cell: Cell) -> str:
     # A transform may look at what is to be quantized.
     scheme = cell.scheme if transforms else None
     return canonical_hash([cell.fingerprint, cell.dtype, cell.calibration, cell.seed, transforms, scheme])
+
+
+def _cache_kinds(cell: Cell, with_kv: Collection[str]) -> tuple[bool, ...]:
+    """Whether to measure as with a quantized KV cache. A baseline is measured as each of its model's cells is."""
+    if cell.is_baseline:
+        return (False, True) if cell.fingerprint in with_kv else (False,)
+    return (cell.quantizes_kv,)
 
 
 def _refuse_long_windows(job: Job, cell: Cell, facts: ModelFacts) -> None:
@@ -176,12 +189,12 @@ def _refuse_long_windows(job: Job, cell: Cell, facts: ModelFacts) -> None:
             raise JobError(f"{job.path}: {what}: {length} tokens at once, but {cell.model} reads at most {limit}")
 
 
-def _spec(evaluator: Evaluator, cell: Cell, hash_of: Any) -> EvaluationSpec:
-    protocol = evaluator.protocol(cell.tokenizer, cell.dtype, hash_of)
+def _spec(evaluator: Evaluator, cell: Cell, hash_of: Any, *, kv: bool) -> EvaluationSpec:
+    protocol = evaluator.protocol(cell.tokenizer, cell.dtype, hash_of, kv=kv)
     return EvaluationSpec(
         eval_id=eval_id(protocol),
         name=evaluator.name,
         label=evaluator.label,
-        options=protocol["options"],
+        options=evaluator.options(),
         protocol=protocol,
     )

@@ -47,10 +47,14 @@ class QuantizedWeight(Protocol):
 
 @dataclasses.dataclass(kw_only=True)
 class UniformWeight:
-    """Codes on a uniform grid. Storage is the bit stream of compressed-tensors' pack-quantized format."""
+    """Codes on a uniform grid.
+
+    `packed()` holds the tensors of compressed-tensors' pack-quantized format, bit for bit, but for `weight_shape`,
+    which a checkpoint adds, and for what that format lacks: `weight_g_idx` and floating zeros.
+    """
 
     codes: Tensor  # uint8 [rows, columns]
-    scale: Tensor  # [rows, groups], storage dtype
+    scale: Tensor  # [rows, groups], storage dtype; [1, 1]: one grid for the whole matrix
     zero: Tensor | None  # [rows, groups]: uint8, or floating where a method fits it; None: symmetric, 2^(b-1)
     bits: int
     group_size: int
@@ -89,11 +93,11 @@ class UniformWeight:
 
     def stored_bytes(self) -> int:
         rows, columns = self.shape
-        groups = self.scale.shape[1]
-        total = 4 * rows * packed_words(columns, self.bits) + groups * rows * self.scale.element_size()
+        scales, groups = self.scale.shape  # of each column of scales: as many as rows, or one
+        total = 4 * rows * packed_words(columns, self.bits) + groups * scales * self.scale.element_size()
         if self.zero is not None:
             floating = self.zero.is_floating_point()
-            total += groups * (rows * self.zero.element_size() if floating else 4 * packed_words(rows, self.bits))
+            total += groups * (scales * self.zero.element_size() if floating else 4 * packed_words(scales, self.bits))
         if self.g_idx is not None:
             total += 4 * columns
         return total
@@ -110,8 +114,9 @@ class UniformWeight:
         return tensors
 
     def row_range(self, start: int, stop: int) -> UniformWeight:
-        zero = None if self.zero is None else self.zero[start:stop]
-        part = dataclasses.replace(self, codes=self.codes[start:stop], scale=self.scale[start:stop], zero=zero)
+        own = slice(start, stop) if len(self.scale) == len(self.codes) else slice(None)
+        zero = None if self.zero is None else self.zero[own]
+        part = dataclasses.replace(self, codes=self.codes[start:stop], scale=self.scale[own], zero=zero)
         part.notes = dict(self.notes)
         return part
 

@@ -52,6 +52,11 @@ class Grid:
         """The largest code."""
         return (1 << self.bits) - 1
 
+    @property
+    def bottom(self) -> int:
+        """The smallest code."""
+        return 1 if self.symmetric and self.convention == "restricted" else 0
+
     def fit(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero of each group; values [..., g] -> scale [...], zero [...], both float32.
 
@@ -102,8 +107,7 @@ class Grid:
 
     def encode(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Codes as float32; scale and zero broadcast against values."""
-        lowest = 1 if self.symmetric and self.convention == "restricted" else 0
-        return torch.clamp(torch.round(values / scale) + zero, lowest, self.top)
+        return torch.clamp(torch.round(values / scale) + zero, self.bottom, self.top)
 
     def round_trip(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Quantize and dequantize, float32."""

@@ -26,7 +26,7 @@ import pkgutil
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeGuard
 
 import pydantic
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from qfarm.models.load import LoadedModel
     from qfarm.quantized import QuantizedWeight
     from qfarm.quantizer import Grid
+    from qfarm.solver import ColumnGrid
     from qfarm.walk import BlockProblem
 
 # Every method's dataclass: `@dataclass(frozen=True, kw_only=True, config=STRICT)`.
@@ -62,6 +63,7 @@ class Method:
     source: ClassVar[str]  # paper or code that defines the method
     stage: ClassVar[Stage]
     claims: ClassVar[frozenset[str]] = frozenset()
+    optional: ClassVar[frozenset[str]] = frozenset()  # claimed sites that a scheme may leave at 16 bits
     widths: ClassVar[range] = range(2, 9)  # weight widths that a weight solver supports, in bits
     site_widths: ClassVar[Mapping[str, range]] = {}  # the same for other sites that are claimed; default: those of RTN
     # Options that came after the first stored results: they enter the identity only when they are not at their default.
@@ -102,6 +104,10 @@ class Method:
         """The rule that forbids this cell, or None. Called before anything is loaded."""
         return None
 
+    def recipe_refusal(self, recipe: Recipe) -> str | None:
+        """The rule that forbids this chain, or None."""
+        return None
+
     def model_refusal(self, config: Mapping[str, Any]) -> str | None:
         """The rule that forbids this model, given its configuration, or None."""
         return None
@@ -125,6 +131,7 @@ class WeightSolver(Method):
 
     stage = Stage.WEIGHTS
     claims = frozenset({"weight"})
+    takes_grids: ClassVar[bool] = False  # works on grids of a GridProvider, `qfarm.solver.ColumnGrid`
 
     @property
     def stackable(self) -> bool:
@@ -149,11 +156,29 @@ class BlockSolver(WeightSolver):
     """Quantizes the layers of a decoder block together, by gradient or otherwise."""
 
     @property
+    def whole_blocks(self) -> bool:
+        """False: this cell's options need no more than `quantize_linear`, and blocks are not handed over."""
+        return True
+
+    @property
     def needs_text(self) -> bool:
         return True
 
+    @property
+    def original_inputs(self) -> bool:
+        """True: blocks are always handed the original model's inputs, as with `statistics: independent`."""
+        return False
+
     def quantize_block(self, problem: BlockProblem) -> dict[str, QuantizedWeight]:
         """A quantized weight for each role of `problem.linears`."""
+        raise NotImplementedError
+
+
+class GridProvider(WeightSolver):
+    """A weight solver that, beside another one in a chain, gives that one its grid instead."""
+
+    def provide(self, grid: Grid) -> ColumnGrid:
+        """The method's own grid where a solver is asked for `grid`."""
         raise NotImplementedError
 
 
@@ -187,7 +212,11 @@ class ActivationMethod(Method):
 
     stage = Stage.ACTIVATIONS
     claims = frozenset({"linear_in"})
-    observes: ClassVar[frozenset[str]] = frozenset({"linear_in"})  # sites of which `statistics()` speaks
+    observes: ClassVar[frozenset[str]] = frozenset({"linear_in"})  # sites of which `site_statistics()` speaks
+
+    def site_statistics(self) -> frozenset[Statistic]:
+        """What `quantizer` needs to know of these sites; a method that also solves weights may need less here."""
+        return self.statistics()
 
     @property
     def causal(self) -> bool:
@@ -202,13 +231,21 @@ class ActivationMethod(Method):
         """
         raise NotImplementedError
 
+    def report(self, quantizers: Mapping[Place, Quantizer]) -> list[str]:
+        """What its installed quantizers saw, for the attempt's notes; asked after all evaluations."""
+        return []
+
 
 class CacheMethod(Method):
     """Provides the layers of a quantized KV cache."""
 
     stage = Stage.CACHE
     claims = frozenset({"kv_cache"})
-    observes: ClassVar[frozenset[str]] = frozenset()  # sites of which `statistics()` speaks
+    observes: ClassVar[frozenset[str]] = frozenset()  # sites of which `site_statistics()` speaks
+
+    def site_statistics(self) -> frozenset[Statistic]:
+        """What `cache_layer` needs to know of these sites; a method that also solves weights may need less here."""
+        return self.statistics()
 
     @property
     def causal(self) -> bool:
@@ -218,6 +255,11 @@ class CacheMethod(Method):
     def cache_layer(self, block: int, bits: int, observed: Observed) -> MakeLayer:
         """What makes an empty cache layer of this block; it is called for every new cache."""
         raise NotImplementedError
+
+
+def solves_blocks(solver: WeightSolver | None) -> TypeGuard[BlockSolver]:
+    """Whether the solver is handed whole blocks."""
+    return isinstance(solver, BlockSolver) and solver.whole_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,8 +274,14 @@ class Recipe:
 
     @property
     def solver(self) -> WeightSolver | None:
-        """The base weight solver, if the recipe has one."""
-        return next((method for method in self.methods if isinstance(method, WeightSolver)), None)
+        """The base weight solver, if the recipe has one; a grid provider is it where it stands alone."""
+        solvers = [method for method in self.methods if isinstance(method, WeightSolver)]
+        return next((s for s in solvers if not isinstance(s, GridProvider)), solvers[0] if solvers else None)
+
+    def grid(self, grid: Grid) -> Grid:
+        """The grid that the weight solver is given: a provider's where one stands beside it."""
+        providers = [method for method in self.methods if isinstance(method, GridProvider) and method != self.solver]
+        return providers[0].provide(grid) if providers else grid
 
     @property
     def wrappers(self) -> tuple[Wrapper, ...]:
@@ -349,16 +397,36 @@ def parse_recipe(entry: object) -> Recipe:
         methods = [build_method(names[0], given)]
     if len(set(names)) < len(names):
         raise InvalidInput(f"{chain}: a method stands twice")
-    solvers = [m.name for m in methods if isinstance(m, WeightSolver)]
-    if len(solvers) > 1:
-        raise InvalidInput(f"{chain}: {' and '.join(solvers)} both quantize weights; a recipe has one weight solver")
+    solvers = [method for method in methods if isinstance(method, WeightSolver)]
+    rule = _solver_rule(solvers)
+    if rule:
+        raise InvalidInput(f"{chain}: {rule}")
     for site in sorted(frozenset().union(*(method.claims for method in methods)) - {"weight"}):
         both = [method.name for method in methods if site in method.claims]
         if len(both) > 1:
             raise InvalidInput(f"{chain}: {' and '.join(both)} both quantize {site}; a site has one quantizer")
     if not solvers and any(isinstance(method, Wrapper) for method in methods):
         methods.append(build_method("rtn", {}))  # a term needs something to stand on; said here, it enters the identity
-    return Recipe(tuple(sorted(methods, key=lambda method: (method.stage, isinstance(method, Wrapper)))))
+    return Recipe(tuple(sorted(methods, key=_rank)))
+
+
+def _rank(method: Method) -> tuple[int, int]:
+    """Where a method stands in a chain, however that is written."""
+    return method.stage, 2 if isinstance(method, Wrapper) else int(isinstance(method, GridProvider))
+
+
+def _solver_rule(solvers: Sequence[WeightSolver]) -> str | None:
+    """The rule that these weight solvers of one chain break, or None."""
+    if len(solvers) < 2:
+        return None
+    base = [solver for solver in solvers if not isinstance(solver, GridProvider)]
+    if len(solvers) > 2 or len(base) != 1:
+        names = " and ".join(solver.name for solver in solvers)
+        return f"{names} both quantize weights; a recipe has one weight solver"
+    if base[0].takes_grids:
+        return None
+    (provider,) = (solver.name for solver in solvers if isinstance(solver, GridProvider))
+    return f"{base[0].name} has a grid of its own and takes none from {provider}; a recipe has one weight solver"
 
 
 def _mapping(what: str, options: object) -> Mapping[str, Any]:

@@ -53,6 +53,8 @@ class CellRow:
     model_bytes: int = _unit("bytes of the whole model, quantized layers packed, the rest in the model's dtype")
     layers_quantized: int
     layers_skipped: int
+    kv_bits: float | None = _unit("stored bits per cached number after 2,048 tokens; None: 16 bits, or simulated", None)
+    causal: bool | None = _unit("no quantizer beside the weights looks across tokens; None: there is none", None)
     created: str = _unit("UTC, ISO 8601")
 
 
@@ -95,6 +97,7 @@ class Metric:
     standard_error: float | None = _unit("None where it cannot be known, e.g. below 10 clusters", None)
     low: float | None = _unit("lower end of the 95 % interval", None)
     high: float | None = _unit("upper end of the 95 % interval", None)
+    stopped_early: int | None = _unit("windows seen when the hopeless stop ended the evaluation; None: all", None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,13 +120,19 @@ class Document:
     tokens: int = _unit("predicted tokens")
     loss: float | None = _unit("nats, summed over tokens", None)
     correct: int | None = _unit("tokens or items right", None)
-    answer: str | None = None
+    answer: str | None = _unit("index of the chosen answer, or the generated text", None)
+    choices: list[float] | None = _unit("nats, log-likelihood of each choice of an item", None)
+    task: str | None = _unit("the task of a suite that an item belongs to", None)
     agree: int | None = _unit("tokens whose top-1 equals the baseline's", None)
     lost: int | None = _unit("right in the baseline, wrong here", None)
     gained: int | None = _unit("wrong in the baseline, right here", None)
     kl: float | None = _unit("nats, KL(baseline || cell) summed over tokens", None)
     kl_reverse: float | None = _unit("nats, KL(cell || baseline) summed over tokens", None)
     baseline_loss: float | None = _unit("nats, summed, the baseline's on the same tokens", None)
+    kl_histogram: bytes | None = _unit("token KL(baseline || cell) in 256 bins, see qfarm.divergence", None)
+    elements: int | None = _unit("numbers at the input of a linear layer", None)
+    zeroed: int | None = _unit("of those, numbers that are zero after their quantizer", None)
+    zeros: int | None = _unit("of those, numbers that were zero before", None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,7 +169,14 @@ TABLES: dict[str, type] = {
     "layers": LayerRow,
 }
 
-_ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+_ARROW = {
+    str: pa.string(),
+    bytes: pa.binary(),
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+    list[float]: pa.list_(pa.float64()),
+}
 
 
 def schema(table: str) -> pa.Schema:

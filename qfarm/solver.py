@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +23,11 @@ from torch import Tensor
 from qfarm.errors import NonFinite
 from qfarm.quantizer import Grid
 
+if TYPE_CHECKING:
+    from qfarm.quantized import QuantizedWeight
+
 LEAF = 32  # columns solved one by one; never changes the result
+TRIANGLE = 128  # triangles up to this size are inverted by substitution
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,37 +50,73 @@ def factorise(hessian: Tensor, order: Tensor, damping: float, increment: float) 
 
     Raises NonFinite when H holds NaN or Inf, or when nothing makes it factorable.
     """
-    if not torch.isfinite(hessian).all():
+    if not _finite(hessian):
         raise NonFinite("the calibration inputs hold NaN or Inf")
-    h = hessian.double()
-    diagonal = h.diagonal()
+    diagonal = hessian.diagonal().double()
     dead = diagonal == 0
     mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
-    h = h + torch.diag(torch.where(dead, mean, 0.0).to(h.dtype))
-    h = h[order][:, order]
+    # Gathered as J H J in float32, which moves half the bytes; float64 starts here.
+    backwards = order.flip(0)
+    h = hessian.index_select(0, backwards).index_select(1, backwards).double()
+    base = torch.where(dead, mean, diagonal)[backwards]
     tried = damping
     while tried < 1 or tried == damping:
-        upper = _upper(h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (tried * mean))
+        upper = _upper(h, base + tried * mean)
         if upper is not None:
-            return Factor(upper=upper.float(), order=order, dead=dead, damping=tried)
+            return Factor(upper=upper, order=order, dead=dead, damping=tried)
         tried += increment
-    top = float(h.diagonal().abs().max())
+    top = float(base.abs().max())
     for power in range(6):
         floor = 1e-6 * top * 10**power
-        upper = _upper(h + torch.diag((floor - h.diagonal()).clamp(min=0)))
+        upper = _upper(h, base.clamp(min=floor))
         if upper is not None:
-            return Factor(upper=upper.float(), order=order, dead=dead, damping=floor / mean)
+            return Factor(upper=upper, order=order, dead=dead, damping=floor / mean)
     raise NonFinite(f"the Hessian could not be factored even with damping {tried:.2f}")
 
 
-def _upper(h: Tensor) -> Tensor | None:
-    lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+def _finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())  # NaN is the least and the largest of all
+
+
+def _upper(h: Tensor, diagonal: Tensor) -> Tensor | None:
+    """U in float32 from J H J, float64, and the diagonal that it is given (in place)."""
+    h.diagonal().copy_(diagonal)
+    lower, info = torch.linalg.cholesky_ex(h)
     if int(info) != 0:
         return None
-    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
-    upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
-    sound = torch.isfinite(upper).all() and (upper.diagonal() > 0).all()
-    return upper if bool(sound) else None
+    upper = _invert_lower(lower).float().flip(0, 1)
+    return upper if _finite(upper) and bool((upper.diagonal() > 0).all()) else None
+
+
+def _invert_lower(lower: Tensor) -> Tensor:
+    """Inverse of a lower triangular matrix, overwriting it: [[A, 0], [C, B]] -> [[A', 0], [-B' C A', B']].
+
+    Two thirds of the arithmetic of solving against the identity, nearly all of it in large products.
+    """
+    n = len(lower)
+    if n <= TRIANGLE:
+        eye = torch.eye(n, dtype=lower.dtype, device=lower.device)
+        return lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+    half = n // 2
+    first, last = _invert_lower(lower[:half, :half]), _invert_lower(lower[half:, half:])
+    lower[half:, :half] = (last @ lower[half:, :half] @ first).neg_()
+    return lower
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ColumnGrid(Grid):
+    """A grid that is not uniform, but on which columns can be rounded one after another."""
+
+    def nearest(self, weight: Tensor) -> QuantizedWeight:
+        """Round to nearest: weight [rows, n]."""
+        raise NotImplementedError
+
+    def compensate(self, weight: Tensor, factor: Factor, *, static: bool = False) -> QuantizedWeight:
+        """The column loop on this grid; static: groups are fitted on the untouched weights.
+
+        Raises NonFinite when the result is not finite.
+        """
+        raise NotImplementedError
 
 
 def group_aware_order(diagonal: Tensor, group_size: int) -> Tensor:
@@ -123,15 +164,19 @@ def solve(
     `size` is the number of consecutive positions for which `fit` is called once, at their first position. `rounding`
     replaces the grid's; scale and zero are then whatever `fit` gives, with rows as their first axis.
     """
-    loop = _Loop(weight.float().T.contiguous(), upper, grid, size, fit, leaf, rounding)
+    current = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    loop = _Loop(current, upper, grid, size, fit, leaf, rounding)
     loop.range(0, weight.shape[1])
+    if rounding is None:  # steps from the grid's zero -> codes
+        for codes, zero in zip(torch.split(loop.codes, size), loop.zero, strict=True):
+            codes.add_(zero)
     return Solution(
         codes=loop.codes,
         values=loop.values,
         updated=loop.weight,
         scale=torch.stack(loop.scale),
         zero=torch.stack(loop.zero),
-        loss=float(loop.error.double().square().sum()),
+        loss=float(torch.linalg.vector_norm(loop.error, dtype=torch.float64)) ** 2,
     )
 
 
@@ -151,7 +196,10 @@ class _Loop:
         self.codes, self.values, self.error = (torch.empty_like(weight) for _ in range(3))
         self.scale: list[Tensor] = []
         self.zero: list[Tensor] = []
+        self.limits: tuple[Tensor, Tensor] = (weight[0], weight[0])  # lowest and highest step of the current group
         self.pivots: list[float] = upper.diagonal().tolist()
+        # Indexing a tensor costs as much as an operation on one of its rows.
+        self.rows = [tensor.unbind() for tensor in (weight, self.codes, self.values, self.error)]
 
     def range(self, start: int, stop: int) -> None:
         if stop - start <= self.leaf:
@@ -166,18 +214,29 @@ class _Loop:
 
     def _columns(self, start: int, stop: int) -> None:
         # Inside a leaf a group that reaches beyond it was fitted at its first position, with all updates in place.
+        within = self.upper[start:stop, start:stop]
         for j in range(start, stop):
             if j % self.size == 0:
-                scale, zero = self.fit(j, self.weight[j : j + self.size])
-                self.scale.append(scale)
-                self.zero.append(zero)
-            scale, zero = self.scale[-1], self.zero[-1]
-            if self.rounding is not None:
-                self.codes[j], self.values[j] = self.rounding(j, self.weight[j], scale, zero)
-            else:
-                codes = self.grid.encode(self.weight[j], scale, zero)
-                self.codes[j] = codes
-                torch.mul(codes.sub_(zero), scale, out=self.values[j])
-            error = torch.sub(self.weight[j], self.values[j], out=self.error[j]).div_(self.pivots[j])
+                self._fit(j)
+            self._round(j)
             if j + 1 < stop:
-                self.weight[j + 1 : stop].addr_(self.upper[j, j + 1 : stop], error, alpha=-1)
+                i = j - start
+                self.weight[j + 1 : stop].addr_(within[i, i + 1 :], self.rows[3][j], alpha=-1)
+
+    def _fit(self, j: int) -> None:
+        scale, zero = self.fit(j, self.weight[j : j + self.size])
+        self.scale.append(scale)
+        self.zero.append(zero)
+        if self.rounding is None:
+            self.limits = (self.grid.bottom - zero, self.grid.top - zero)
+
+    def _round(self, j: int) -> None:
+        weight, codes, values, error = (rows[j] for rows in self.rows)
+        if self.rounding is not None:
+            found = self.rounding(j, weight, self.scale[-1], self.zero[-1])
+            for target, value in zip((codes, values), found, strict=True):
+                target.copy_(value)
+        else:  # Grid.encode with the zero moved into the limits: fewer operations, the same bits
+            torch.div(weight, self.scale[-1], out=codes).round_().clamp_(*self.limits)
+            torch.mul(codes, self.scale[-1], out=values)
+        torch.sub(weight, values, out=error).div_(self.pivots[j])

@@ -1,4 +1,4 @@
-"""Text: corpora for calibration and evaluation, from the hub, from a data pack, or built in.
+"""Text: corpora for calibration and evaluation, and how each is cut into documents.
 
     wikitext2     Salesforce/wikitext, wikitext-2-raw-v1: rows joined with two newlines and tokenized in one call;
                   calibration reads train, evaluation reads test. Documents are articles.
@@ -7,7 +7,13 @@
     python-docs   built in: the language reference that CPython ships as `pydoc_data.topics`. Topics that share text
                   stay on one side of a fixed split into calibration and evaluation.
 
-A data pack is a folder whose `pack.yaml` maps hub data sets to local files (`--data DIR` or `QFARM_DATA`).
+    c4-new        the first 1100 documents of that validation shard, joined by one space; at most 256 windows
+    *.txt, *.jsonl, *.parquet, file:PATH
+                  a local file: the column `text`, or plain text whose documents are separated by lines that say
+                  <|endoftext|> or else by blank lines
+    hub:OWNER/NAME[/CONFIG]:SPLIT:COLUMN
+                  any data set of the hub
+The last two are running text, their documents joined with two newlines; calibration and evaluation read the same.
 """
 
 from __future__ import annotations
@@ -17,18 +23,17 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-
-from qfarm import cache
-from qfarm.errors import DataError, Unavailable, nearest
+from qfarm.errors import DataError, nearest
+from qfarm.sources import HubSet, file_identity, hub_identity, parse_hub, read_file, read_hub
 
 Part = Literal["calibration", "evaluation"]
+# Prefixes of names that stand for a task's items and for the pool of its prompt's examples, not for a text.
+TASK_PARTS = ("task:", "examples:")
 MIN_SHARED_PARAGRAPH = 120  # characters; shorter paragraphs recur by chance in unrelated topics
 MAX_DOCUMENT = 6000  # characters of one evaluation document, so that a few windows already see many documents
 
@@ -40,57 +45,126 @@ class Text:
     name: str
     stream: bool
     documents: tuple[str, ...]
+    most_windows: int | None = None  # of an evaluation, where the text's protocol limits them
+    cleaned_documents: tuple[str, ...] | None = None
+
+    @property
+    def cleaned(self) -> tuple[str, ...]:
+        """The documents as word-level perplexity gives them to the model."""
+        return self.documents if self.cleaned_documents is None else self.cleaned_documents
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _HubSet:
-    """A hub data set's split, as the pack's index and `datasets` name it."""
-
-    path: str
-    name: str
-    split: str
-    data_file: str | None = None  # one file of the repository, when the whole split is not wanted
-
-
-_SPLITS: dict[tuple[str, Part], _HubSet] = {
-    ("wikitext2", "calibration"): _HubSet(path="Salesforce/wikitext", name="wikitext-2-raw-v1", split="train"),
-    ("wikitext2", "evaluation"): _HubSet(path="Salesforce/wikitext", name="wikitext-2-raw-v1", split="test"),
-    ("c4", "calibration"): _HubSet(
+_SPLITS: dict[tuple[str, Part], HubSet] = {
+    ("wikitext2", "calibration"): HubSet(path="Salesforce/wikitext", name="wikitext-2-raw-v1", split="train"),
+    ("wikitext2", "evaluation"): HubSet(path="Salesforce/wikitext", name="wikitext-2-raw-v1", split="test"),
+    ("c4", "calibration"): HubSet(
         path="allenai/c4", name="en", split="train", data_file="en/c4-train.00000-of-01024.json.gz"
     ),
-    ("c4", "evaluation"): _HubSet(
+    ("c4", "evaluation"): HubSet(
         path="allenai/c4", name="en", split="validation", data_file="en/c4-validation.00000-of-00008.json.gz"
     ),
 }
-NAMES = ("wikitext2", "c4", "python-docs")
+_SPLITS["c4-new", "evaluation"] = _SPLITS["c4", "evaluation"]
+NAMES = ("wikitext2", "c4", "c4-new", "python-docs")
+FILE_ENDINGS = (".txt", ".jsonl", ".parquet")
+NEW_C4_DOCUMENTS = 1100
+NEW_C4_WINDOWS = 256
 
 
 def check_name(name: str) -> str:
-    """The name itself if it is a known text. Raises DataError."""
-    if name not in NAMES:
-        raise DataError(f'unknown text "{name}"{nearest(name, NAMES)}')
+    """The name itself if it is a known text, or has the form of a file's or a hub data set's. Raises DataError."""
+    if name.startswith("hub:"):
+        parse_hub(name)
+    elif _path(name) is None and name not in NAMES:
+        known = nearest(name, NAMES)
+        raise DataError(f'unknown text "{name}"{known}, file:PATH, hub:OWNER/NAME[/CONFIG]:SPLIT:COLUMN')
     return name
 
 
+def reference(value: object) -> object:
+    """A text's name from its name or from a mapping: {file: PATH} or {hub: OWNER/NAME, config:, split:, column:}.
+
+    Anything else is left for the caller to refuse. Raises DataError for a mapping of another form.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    if set(value) == {"file"}:
+        return f"file:{value['file']}"
+    if "hub" in value and "split" in value and set(value) <= {"hub", "config", "split", "column"}:
+        config = f"/{value['config']}" if value.get("config") else ""
+        return f"hub:{value['hub']}{config}:{value['split']}:{value.get('column', 'text')}"
+    keys = ", ".join(map(str, value))
+    raise DataError(f"text: keys {keys}; give {{file: PATH}} or {{hub: OWNER/NAME, config: C, split: S, column: C}}")
+
+
+def absolute(name: str) -> str:
+    """The name as every process understands it: of a file with its full path. Raises DataError as `check_name`."""
+    path = _path(check_name(name))
+    return name if path is None else f"file:{path.absolute()}"
+
+
+def public_name(name: str) -> str:
+    """The name without the place: of a file its base name only, so that moving it changes no identity."""
+    kind, colon, task = name.partition(":")
+    if name.startswith(TASK_PARTS):
+        return f"{kind}{colon}{Path(task).name}"
+    path = _path(name)
+    return name if path is None else f"file:{path.name}"
+
+
+def _path(name: str) -> Path | None:
+    """The local file that a text names, or None."""
+    if name.startswith("file:"):
+        return Path(name.removeprefix("file:")).expanduser()
+    return Path(name).expanduser() if name.endswith(FILE_ENDINGS) and not name.startswith("hub:") else None
+
+
 def load_text(name: str, part: Part, data: str | None) -> Text:
-    """Read a corpus. Raises DataError for an unknown name or a broken pack, Unavailable when it cannot be had."""
+    """Read a corpus. Raises DataError for an unknown name or a broken file, Unavailable when it cannot be had."""
     check_name(name)
+    path = _path(name)
+    if path is not None:
+        return _running(name, read_file(path))
+    if name.startswith("hub:"):
+        return _running(name, read_hub(parse_hub(name), data, name))
     if name == "python-docs":
         return Text(name=name, stream=True, documents=_python_docs(part))
-    rows = _rows(_SPLITS[name, part], data, name)
+    rows = read_hub(_split(name, part), data, name)
     if name == "wikitext2":
         return Text(name=name, stream=True, documents=_articles("\n\n".join(rows)))
+    if name == "c4-new":
+        first = rows[:NEW_C4_DOCUMENTS]
+        joined = tuple(f"{row} " for row in first[:-1]) + tuple(first[-1:])
+        return Text(name=name, stream=True, documents=joined, most_windows=NEW_C4_WINDOWS)
     return Text(name=name, stream=False, documents=tuple(rows))
 
 
+def load_pages(name: str, data: str | None) -> Text:
+    """The evaluation part cut into documents as lm-eval does: the same but for wikitext2."""
+    if name != "wikitext2":
+        return load_text(name, "evaluation", data)
+    rows = read_hub(_split(name, "evaluation"), data, name)
+    pages = tuple(_pages(rows))
+    return Text(name=name, stream=True, documents=pages, cleaned_documents=tuple(map(detokenize, pages)))
+
+
 def text_hash(name: str, part: Part, data: str | None) -> str:
-    """Identity of a corpus, without downloading more than a few megabytes."""
+    """Identity of a corpus or of a task's items, without downloading more than a few megabytes."""
+    if name.startswith(TASK_PARTS):
+        from qfarm.tasks.source import task_hash
+
+        return task_hash(name, data)
     check_name(name)
-    if name == "c4":
-        local = _pack_file(_SPLITS[name, part], data)
-        if local is None:
-            return _hub_identity(_SPLITS[name, part])
-        return f"sha256:{cache.file_hash(local)}"
+    path = _path(name)
+    if path is not None:
+        if not path.is_file():
+            raise DataError(f'text "{name}": no such file')
+        _refuse_empty(load_text(name, part, data))
+        return file_identity(path)
+    if name.startswith("hub:"):
+        return hub_identity(parse_hub(name), data, name)
+    if name in ("c4", "c4-new"):
+        return hub_identity(_split(name, part), data, name)
     digest = hashlib.sha256()
     for document in load_text(name, part, data).documents:
         # Where documents end counts too: it decides which windows share a cluster.
@@ -98,103 +172,19 @@ def text_hash(name: str, part: Part, data: str | None) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-# -- data packs and the hub -------------------------------------------------------------------------------------------
+def _split(name: str, part: Part) -> HubSet:
+    if (name, part) not in _SPLITS:
+        raise DataError(f"{name} is an evaluation text; calibrate on {name.removesuffix('-new')}")
+    return _SPLITS[name, part]
 
 
-def _rows(source: _HubSet, data: str | None, name: str) -> list[str]:
-    local = _pack_file(source, data)
-    if local is not None:
-        return _read_rows(local)
-    try:
-        import datasets
-
-        options: dict[str, Any] = {"split": source.split}
-        if source.data_file:
-            options["data_files"] = {source.split: source.data_file}
-            options["revision"] = _hub_commit(source)
-        else:
-            options["name"] = source.name
-        return list(datasets.load_dataset(source.path, **options)["text"])
-    except Unavailable:
-        raise
-    except Exception as error:  # datasets raises the errors of several HTTP and file layers
-        raise Unavailable(missing(source, name, error)) from error
+def _refuse_empty(text: Text) -> None:
+    if not text.documents:
+        raise DataError(f'text "{text.name}": holds no document')
 
 
-def missing(source: _HubSet, name: str, error: Exception) -> str:
-    return (
-        f'text "{name}" ({source.path}, {source.name}, {source.split}) is neither in a data pack nor to be had from '
-        f"the hub ({_in_short(error)}); give a pack with --data DIR or QFARM_DATA, or use text: python-docs, which is "
-        "built in"
-    )
-
-
-def _pack_file(source: _HubSet, data: str | None) -> Path | None:
-    """The pack's file for a split, or None when there is no pack or the pack lacks it."""
-    if data is None:
-        return None
-    folder = Path(data)
-    index = folder / "pack.yaml"
-    try:
-        entries = yaml.safe_load(index.read_text(encoding="utf-8"))["datasets"]
-        for entry in entries:
-            if entry["path"] == source.path and entry["name"] == source.name and source.split in entry["splits"]:
-                path = folder / str(entry["splits"][source.split])
-                if not path.resolve().is_relative_to(folder.resolve()):
-                    raise DataError(f"{index}: {path} lies outside the pack")
-                if not path.is_file():
-                    raise DataError(f"{index}: {path} is missing")
-                return path
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{data}: no data pack (pack.yaml is missing)") from None
-    except OSError as error:
-        raise DataError(f"{index}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{index}: not a valid index of a data pack ({_in_short(error)})") from None
-    return None
-
-
-def _in_short(error: Exception) -> str:
-    """Kind and message of a foreign error on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-
-
-def _read_rows(path: Path) -> list[str]:
-    """The `text` column of a Parquet or JSON-lines file."""
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            rows: list[Any] = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
-        else:
-            # Lines end with \n only: str.splitlines would also cut at the separators that JSON leaves unescaped.
-            lines = path.read_text(encoding="utf-8").split("\n")
-            rows = [json.loads(line)["text"] for line in lines if line.strip()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: cannot read its text column: {_in_short(error)}") from None
-    for index, row in enumerate(rows):
-        if not isinstance(row, str):
-            raise DataError(f"{path}: row {index}: text is {row!r}, not a string")
-    return rows
-
-
-def _hub_identity(source: _HubSet) -> str:
-    return f"hub:{source.path}@{_hub_commit(source)}:{source.data_file}"
-
-
-def _hub_commit(source: _HubSet) -> str:
-    """Commit of the hub's data set, or of the cached copy when the hub is out of reach."""
-    import huggingface_hub
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    try:
-        return str(huggingface_hub.HfApi().dataset_info(source.path).sha)
-    except Exception as error:  # the client raises its HTTP library's errors too
-        folder = Path(HF_HUB_CACHE) / f"datasets--{source.path.replace('/', '--')}"
-        cached = folder / "refs" / "main"
-        if not cached.is_file():
-            raise Unavailable(missing(source, "c4", error)) from error
-        return cached.read_text().strip()
+def _running(name: str, rows: Iterable[str]) -> Text:
+    return Text(name=name, stream=True, documents=tuple(f"{row}\n\n" for row in rows if row.strip()))
 
 
 # -- documents --------------------------------------------------------------------------------------------------------
@@ -211,6 +201,52 @@ def _articles(text: str) -> tuple[str, ...]:
         starts[0] = 0  # blank rows before the first article are no article
     edges = sorted({0, *starts, len(text)})
     return tuple(text[a:b] for a, b in itertools.pairwise(edges))
+
+
+def _pages(rows: Iterable[str]) -> Iterator[str]:
+    """WikiText's rows cut into pages as EleutherAI/wikitext_document_level is, which lm-eval reads.
+
+    Its rule takes every line ' = ... = ' for a heading: 62 pages of the test split, where there are 60 articles.
+    """
+    lines = "".join(row or " \n" for row in rows).split("\n")  # the raw file; a blank line of it holds one space
+    page: list[str] = []
+    for line in lines:
+        heading = line.replace("= = =", "===").replace("= =", "==").strip()
+        if heading.startswith("= ") and heading.endswith(" ="):
+            if "\n".join(page).strip():
+                yield "\n".join(page)
+            page = []
+        page.append(line)
+    yield "\n".join(page)
+
+
+# lm-eval's rule for WikiText (tasks/wikitext, version 2), in its order, its ineffective second line included.
+_DETOKENIZE: tuple[tuple[str, str, bool], ...] = (
+    # pattern, replacement, whether the pattern is a regular expression
+    ("s '", "s'", False),
+    (r"/' [0-9]/", r"/'[0-9]/", True),
+    *((f" @{mark}@ ", mark, False) for mark in "-,."),
+    *((f" {mark} ", f"{mark} ", False) for mark in ":;.!?,"),
+    (r"\(\s*([^\)]*?)\s*\)", r"(\1)", True),
+    (r"\[\s*([^\]]*?)\s*\]", r"[\1]", True),
+    (r"{\s*([^}]*?)\s*}", r"{\1}", True),
+    *((rf"{quote}\s*([^{quote}]*?)\s*{quote}", rf"{quote}\1{quote}", True) for quote in ('"', "'")),
+    ("= = = =", "====", False),
+    ("= = =", "===", False),
+    ("= =", "==", False),
+    (" \u00b0 ", "\u00b0", False),
+    (" \n", "\n", False),
+    ("\n ", "\n", False),
+    (" N ", " 1 ", False),
+    (" 's", "'s", False),
+)
+
+
+def detokenize(page: str) -> str:
+    """WikiText as prose: its spaces around punctuation undone."""
+    for pattern, replacement, regular in _DETOKENIZE:
+        page = re.sub(pattern, replacement, page) if regular else page.replace(pattern, replacement)
+    return page
 
 
 @functools.cache

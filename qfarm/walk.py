@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,14 +31,31 @@ class BlockProblem:
     seed: int
     # What the solver's `statistics()` ask for, by role; of the inputs of the original layers in this block.
     statistics: dict[str, InputStatistics] = dataclasses.field(default_factory=dict)
+    index: int = 0  # of the block
+    blocks: int = 1  # of the model
+    input_bits: int = 16  # width to which the scheme quantizes the inputs of linear layers; 16: it does not
+    # Other parameters of the block that the solver learned, by their names in it; the walker puts them in place.
+    learned: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def forward(self, hidden: Tensor, weights: dict[str, Tensor]) -> Tensor:
         """The block's output with other weights in some roles; differentiable in both arguments."""
         names = {id(module): name for name, module in self.block.named_modules()}
-        swapped = {f"{names[id(self.linears[role])]}.weight": value for role, value in weights.items()}
-        out: Any = torch.func.functional_call(self.block, swapped, (hidden,), self.keywords)
+        return self.call(hidden, {f"{names[id(self.linears[role])]}.weight": w for role, w in weights.items()})
+
+    def call(self, hidden: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """The block's output with other parameters, by their names in the block; differentiable alike."""
+        out: Any = torch.func.functional_call(self.block, parameters, (hidden,), self.keywords)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
+
+    def error_notes(self, role: str, values: Tensor) -> dict[str, float]:
+        """Figures for a layer's notes: its error on ordinary tokens, and that of rounding to nearest on its grid."""
+        weight, inputs = self.linears[role].weight.detach(), self.statistics[role]
+        nearest = self.grids[role].quantize(weight).dequantize()
+        return {
+            "ordinary_error": inputs.ordinary_error(weight, values),
+            "ordinary_error_rtn": inputs.ordinary_error(weight, nearest),
+        }
 
 
 def for_any_batch(value: Any, samples: int) -> Any:
@@ -53,7 +70,7 @@ def for_any_batch(value: Any, samples: int) -> Any:
 
 
 class _Captured(Exception):
-    """Ends a forward pass once the first block's inputs are known."""
+    """Ends a forward pass once the inputs that it is run for are known."""
 
 
 class Walk:
@@ -80,19 +97,18 @@ class Walk:
     @torch.no_grad()
     def outputs(self, index: int) -> list[Tensor]:
         """The block's outputs, batch by batch, without advancing."""
-        return [out for _, out in self._run(index)]
+        return [self._output(index, i) for i in range(len(self.hidden))]
 
-    def _run(self, index: int) -> Iterator[tuple[int, Tensor]]:
-        block = self.loaded.blocks[index]
-        for i, hidden in enumerate(self.hidden):
-            out = block(hidden, **self.keywords[i][index])
-            yield i, out[0] if isinstance(out, tuple) else out
+    def _output(self, index: int, batch: int) -> Tensor:
+        out = self.loaded.blocks[index](self.hidden[batch], **self.keywords[batch][index])
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Replace the kept inputs by the block's outputs."""
-        for i, out in self._run(index):
-            self.hidden[i] = out
+        for i in range(len(self.hidden)):
+            self.hidden[i] = self._output(index, i)
 
     @torch.no_grad()
     def collect(
@@ -100,20 +116,35 @@ class Walk:
     ) -> dict[tuple[str, ...], InputStatistics]:
         """Statistics of the inputs of some layers of a block; keep_outputs also advances, saving a pass."""
         collectors = {key: Collector(wanted, self.tokens) for key in layers}
+        # Without outputs a pass may end at its last input, which spares the block's last linear layer.
+        feed = _Feed(collectors, stop=not keep_outputs)
         with contextlib.ExitStack() as stack:
             for key, linear in layers.items():
-                stack.callback(linear.register_forward_pre_hook(_feeder(collectors[key])).remove)
-            for i, out in self._run(index):
-                if keep_outputs:
-                    self.hidden[i] = out
+                stack.callback(linear.register_forward_pre_hook(feed.hook(key)).remove)
+            for i in range(len(self.hidden)):
+                with contextlib.suppress(_Captured):
+                    out = self._output(index, i)
+                    if keep_outputs:
+                        self.hidden[i] = out
         return {key: collector.result() for key, collector in collectors.items()}
 
 
-def _feeder(collector: Collector) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        collector.add(args[0])
+class _Feed:
+    """Hands layers' inputs to collectors; with `stop`, ends the forward pass once each has got one."""
 
-    return hook
+    def __init__(self, collectors: dict[tuple[str, ...], Collector], stop: bool) -> None:
+        self.collectors, self.stop = collectors, stop
+        self.missing = set(collectors)
+
+    def hook(self, key: tuple[str, ...]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def feed(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.collectors[key].add(args[0])
+            self.missing.discard(key)
+            if self.stop and not self.missing:
+                self.missing = set(self.collectors)
+                raise _Captured
+
+        return feed
 
 
 def capture(loaded: LoadedModel, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:

@@ -9,7 +9,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -33,9 +33,9 @@ from qfarm.record import AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow, 
 from qfarm.scheme import UNTOUCHED, parse_scheme
 from qfarm.shared import SharedStatistics, fits, needed_bytes, spare_bytes
 from qfarm.store import Store
-from qfarm.text import Part, load_text, text_hash
+from qfarm.text import Part, load_pages, load_text, public_name, text_hash
 from qfarm.walk import BATCH_TOKENS
-from qfarm.windows import Windows, calibration_windows, evaluation_windows
+from qfarm.windows import Rolling, Windows, calibration_windows, evaluation_windows, rolling_windows
 
 Progress = Callable[[str, int, int], None]  # stage, done, total (0 = unknown)
 
@@ -50,6 +50,7 @@ class Session:
         self.shrink = 0  # how often batches are halved, after attempts that ran out of memory
         self.notes: list[str] = []
         self.baseline_states: dict[str, Any] = {}  # open files of baselines' hidden states, by evaluation
+        self.evaluation = ""  # eval_id of what is being run: it fixes the order in which windows are visited
         self._key: tuple[str, str, str] | None = None  # fingerprint, tokenizer and dtype of the loaded model
         self._loaded: LoadedModel | None = None
         self._facts: dict[str, ModelFacts] = {}
@@ -98,6 +99,12 @@ class Session:
         """Logits of the original model for its final hidden states."""
         return nn.functional.linear(hidden, *self._head)
 
+    def keep(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What an evaluator makes once for the loaded model, such as its text in tokens."""
+        if key not in self._windows:
+            self._windows[key] = make()
+        return self._windows[key]
+
     def require_text(self, name: str, part: Part, planned: str) -> None:
         """Refuse a text that is not the one that the job was planned with: another pack, another Python."""
         if (name, part) not in self._hashes:
@@ -111,6 +118,15 @@ class Session:
             corpus = load_text(text, "evaluation", self.data)
             self._windows[key] = evaluation_windows(corpus, self.loaded.tokenizer, length, limit)
         found: Windows = self._windows[key]
+        return found
+
+    def rolling(self, text: str, reach: int, limit: int | None) -> Rolling:
+        """Rolling windows over the first `limit` documents, tokenized once per model."""
+        key = ("rolling", text, reach, limit)
+        if key not in self._windows:
+            pages = load_pages(text, self.data)
+            self._windows[key] = rolling_windows(pages, self.loaded.tokenizer, reach, limit)
+        found: Rolling = self._windows[key]
         return found
 
     def calibration(self) -> Tensor:
@@ -240,15 +256,18 @@ def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: lis
     with clock("prepare"):
         for spec, evaluator in evaluators:
             for name, part in evaluator.texts():
-                session.require_text(name, part, spec.protocol["texts"][f"{name}/{part}"])
-            evaluator.prepare(session)
+                session.require_text(name, part, spec.protocol["texts"][f"{public_name(name)}/{part}"])
+            with _reading_cache(session, spec):
+                evaluator.prepare(session)
     with clock("quantize" if cell.calibration is None else "calibrate + quantize") as progress:
         layers, installed = quantize_cell(session, progress)
     row = cell_row(task, session, layers, installed)
     store.publish_cell(row, [_layer_row(cell.cell_id, layer) for layer in layers])
     for spec, evaluator in evaluators:
         with clock(f"evaluate {spec.label}") as progress, torch.no_grad():
-            result = evaluator.run(session, progress)
+            session.evaluation = spec.eval_id
+            with _reading_cache(session, spec):
+                result = evaluator.run(session, progress)
         metrics = [_metric_row(task, spec, metric) for metric in result.metrics]
         documents = [
             DocumentRow(**dataclasses.asdict(document), cell_id=cell.cell_id, eval_id=spec.eval_id)
@@ -256,7 +275,15 @@ def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: lis
         ]
         store.publish_evaluation(cell.cell_id, spec.eval_id, task.attempt_id, metrics, documents)
         figures.append((spec.label, result.metrics[0].value))
+    for report in installed.reports:
+        for note in report():
+            session.note(note)
     return row.linear_bits
+
+
+def _reading_cache(session: Session, spec: EvaluationSpec) -> AbstractContextManager[None]:
+    """How the evaluation reads a quantized KV cache; the baseline of such cells reads its own alike."""
+    return session.loaded.reading_cache(**spec.protocol.get("kv", {"prefill": "quantized"}))
 
 
 def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> tuple[list[LayerResult], Installed]:
@@ -273,19 +300,16 @@ def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> tup
         bits = scheme.weight_bits(role)
         if bits == UNTOUCHED:
             return None
-        return Grid(
+        usual = Grid(
             bits=bits, group_size=cell.group_size, symmetric=cell.symmetric, scale_dtype=DTYPES[cell.scale_dtype]
         )
+        return recipe.grid(usual)
 
     windows = session.calibration() if cell.calibration else None
     _transform(session, recipe, windows)
-    asking = [method for method in recipe.site_methods if method.statistics()]
-    observed = _observe(
-        session,
-        frozenset().union(*(method.statistics() for method in asking)),
-        set().union(*(method.observes for method in asking)),
-        windows,
-    )
+    asking = [method for method in recipe.site_methods if method.site_statistics()]
+    wanted = frozenset().union(*(method.site_statistics() for method in asking))
+    observed = _observe(session, wanted, set().union(*(method.observes for method in asking)), windows)
     # The baseline and schemes that leave weights alone pass here too: every layer is listed with its reason.
     layers = quantize_weights(
         session.loaded,
@@ -298,6 +322,7 @@ def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> tup
         batch_tokens=BATCH_TOKENS >> session.shrink,
         seed=cell.seed or 0,
         shared=session.shared_statistics(),
+        input_bits=scheme.linear_in,
     )
     installed = install_sites(session.loaded, recipe, scheme, observed)
     for note in installed.notes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -23,6 +25,17 @@ FAST: dict[str, dict[str, Any]] = {"autoround": {"iterations": 6}, "ptq161": {"e
 CONTEXTS = [(size, symmetric) for size in (16, -1, 32, 64) for symmetric in (False, True)]  # of 64 and 128 columns
 WINDOWS = torch.randint(0, 256, (6, 32), generator=torch.manual_seed(0))
 PROBE = torch.randint(0, 256, (2, 24), generator=torch.manual_seed(1))
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """That many threads inside operators. Sums split over more of them could come out differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def is_weight_method(name: str) -> bool:

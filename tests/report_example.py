@@ -47,6 +47,7 @@ class FakeStore:
         metrics=None,
         pieces=None,
         attempt_id=None,
+        stopped_early=None,
     ):
         """One evaluation: losses [piece], one window and one cluster each unless `pieces` says otherwise."""
         pieces = pieces or [(f"document {i}", i, f"article {i}") for i in range(len(losses))]
@@ -65,9 +66,40 @@ class FakeStore:
                 **{"n": len(losses), "clusters": len({c for _, _, c in pieces}), "cell_id": cell.cell_id},
                 **{"eval_id": eval_id, "attempt_id": attempt_id or cell.attempt_id, "evaluation": label},
                 **{"protocol": json.dumps(protocol), "created": "2026-11-21T00:00:00Z"},
+                stopped_early=stopped_early,
             )
             for name, value in values.items()
         ]
+
+    def add_items(self, cell, right, *, tasks=None, clusters=None, accuracy=None, eval_id="a" * 16, protocol=None):
+        """One evaluation of right or wrong items [item], of one task and each on its own unless said otherwise."""
+        right = np.asarray(right)
+        self.rows["documents"] += [
+            DocumentRow(
+                cell_id=cell.cell_id,
+                eval_id=eval_id,
+                document=f"item {i}",
+                cluster=f"item {i}" if clusters is None else str(clusters[i]),
+                task=None if tasks is None else str(tasks[i]),
+                tokens=1,
+                correct=int(one),
+            )
+            for i, one in enumerate(right)
+        ]
+        value = float(right.mean()) if accuracy is None else accuracy
+        self.rows["metrics"].append(
+            MetricRow(
+                **{"metric": "acc", "value": value, "unit": "fraction of items", "better": "higher", "n": right.size},
+                **{
+                    "cell_id": cell.cell_id,
+                    "eval_id": eval_id,
+                    "attempt_id": cell.attempt_id,
+                    "evaluation": "arc_easy",
+                },
+                protocol=json.dumps(protocol or {"evaluator": "tasks", "options": {"tasks": ["arc_easy"]}}),
+                created="2026-11-21T00:00:00Z",
+            )
+        )
 
 
 def cell_row(cell_id, recipe, scheme, **changes) -> CellRow:
@@ -153,6 +185,45 @@ def example(documents=30) -> Example:
     store.add(cells[1], rtn, tokens, metrics={"top1_accuracy": 0.43, **figures_of})
     store.add(cells[2], gptq, tokens, metrics={"top1_accuracy": 0.44, **figures_of})
     return Example(store, base, rtn, gptq, tokens)
+
+
+@dataclasses.dataclass
+class Planted:
+    """Windows of 2,047 tokens, one document each, under a baseline and cells whose true differences are known."""
+
+    windows: int = 141
+    seed: int = 20261121
+    store: FakeStore = dataclasses.field(default_factory=FakeStore)
+
+    def __post_init__(self) -> None:
+        self.rng = np.random.default_rng(self.seed)
+        self.tokens = np.full(self.windows, 2047)
+        self.base = self.tokens * self.rng.normal(2.9, 0.3, size=self.windows)
+        self.baseline = cell_row(BASELINE, "baseline", "w16")
+        self._place(self.baseline, self.base)
+
+    def noise(self, sigma: float) -> np.ndarray:
+        """Nats per token [window] whose mean is exactly zero."""
+        drawn = self.rng.normal(0, sigma, size=self.windows)
+        return drawn - drawn.mean()
+
+    def cell(self, cell_id: str, recipe: str, difference, scheme="w4", **axes) -> CellRow:
+        """A cell whose loss is the baseline's plus `difference` nats per token, a number or [window]."""
+        cell = cell_row(cell_id * (16 // len(cell_id)), recipe, scheme, **axes)
+        cell = dataclasses.replace(cell, spec=json.dumps(json.loads(cell.spec) | {"seed": cell.seed}))
+        self._place(cell, self.base + self.tokens * difference)
+        return cell
+
+    def _place(self, cell: CellRow, losses: np.ndarray) -> None:
+        self.store.rows["cells"].append(cell)
+        self.store.rows["attempts"].append(attempt_row(cell.cell_id))
+        self.store.add(cell, losses, self.tokens)
+
+    def replicates(self, recipe: str, shift: float, spread: float, *, start: int, sigma=0.02, **axes) -> None:
+        """Three seeds around `shift` whose means have exactly the standard deviation `spread`."""
+        shared = self.noise(sigma)
+        for seed, away in enumerate((-spread, 0.0, spread)):
+            self.cell(f"{start + seed:02}", recipe, shift + away + shared + self.noise(sigma / 4), seed=seed, **axes)
 
 
 def hostile_store() -> FakeStore:

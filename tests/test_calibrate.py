@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from qfarm.calibrate import LayerResult, quantize_weights
+from qfarm.inputs import Statistic
 from qfarm.methods.gptq import GPTQ
 from qfarm.methods.rtn import RTN
 from qfarm.models.load import LoadedModel
 from qfarm.quantizer import Grid
 from qfarm.recipe import WeightSolver
+from qfarm.walk import Walk
 from tests.conftest import TINY
 from tests.test_models import loaded
 
@@ -136,8 +138,11 @@ def test_statistics_of_shared_inputs_are_computed_once(tiny: Path, recorder: Rec
 
 
 def test_forward_passes(tiny: Path) -> None:
-    """Independent: one pass per block. Sequential: statistics and propagation, except after the last block."""
-    for sequential, passes in ((False, 2), (True, 3)):
+    """Independent: one pass per block. Sequential: statistics and propagation, except after the last block.
+
+    The first block is entered once more, to learn what it is fed.
+    """
+    for sequential, passes in ((False, 3), (True, 4)):
         model = loaded(tiny)
         calls = 0
 
@@ -146,7 +151,7 @@ def test_forward_passes(tiny: Path) -> None:
             calls += 1
 
         for block in model.blocks:
-            block.register_forward_hook(count)
+            block.register_forward_pre_hook(count)
         quantize(model, GPTQ(), sequential=sequential)
         assert calls == passes  # all six windows fit one batch
 
@@ -185,3 +190,20 @@ def test_gptq_beats_rtn_on_the_outputs(tiny: Path) -> None:
         results = quantize(loaded(tiny), solver, bits=3, sequential=False)
         errors.append([result.output_error for result in results])
     assert sum(g < r for g, r in zip(*errors, strict=True)) >= 12  # of 14
+
+
+def test_a_pass_without_outputs_ends_at_its_last_input(tiny: Path) -> None:
+    model = loaded(tiny)
+    walk = Walk(model, WINDOWS)
+    linears = model.linears(0)
+    groups = {group: linears[group[0]] for group in model.architecture.shared_inputs}
+    ran = []
+    linears["down"].register_forward_hook(lambda *_: ran.append("down"))
+    first = walk.collect(0, groups, frozenset({Statistic.HESSIAN}), keep_outputs=False)
+    assert ran == []
+    again = walk.collect(0, groups, frozenset({Statistic.HESSIAN}), keep_outputs=True)
+    assert len(ran) == len(walk.hidden)
+    for group in groups:
+        a, b = first[group].hessian, again[group].hessian
+        assert a is not None and b is not None and torch.equal(a, b)
+        assert first[group].tokens == WINDOWS.numel()

@@ -88,7 +88,10 @@ def test_refusals_come_before_a_model_is_touched(name: str, weight_method: Recip
     """The matrix of a model that exists only as a description: what is refused is listed, and is no cell."""
     # RTN keeps the matrix from being empty, and proves that the job itself is sound.
     methods = json.dumps([{name: FAST.get(name, {})}, *(["rtn"] if name != "rtn" else [])])
-    schemes = [f"w{bits}" for bits in range(1, 9)]
+    # A method that also quantizes linear inputs says nothing of schemes that leave them alone.
+    claims = weight_method.claims - frozenset().union(*(method.optional for method in weight_method.methods))
+    inputs = "a8" if "linear_in" in claims else ""
+    schemes = [f"w{bits}{inputs}" for bits in range(1, 9)]
     for group_size, symmetric in CONTEXTS:
         refusals = [refused for method in weight_method.methods if (refused := method.refusal(group_size, symmetric))]
         assert all(refused.strip() and "\n" not in refused for refused in refusals)
@@ -99,7 +102,7 @@ def test_refusals_come_before_a_model_is_touched(name: str, weight_method: Recip
         }
         found = matrix(changed(methods=methods, **keys))
         runs = [cell.scheme for cell in found.cells if cell.recipe == weight_method.name]
-        assert runs == ([] if refusals else [f"w{bits}" for bits in widths(weight_method)])
+        assert runs == ([] if refusals else [f"w{bits}{inputs}" for bits in widths(weight_method)])
         rules = [invalid.rule for invalid in found.invalid if invalid.label.split()[0] == weight_method.name]
         assert len(rules) + len(runs) == len(schemes) and all(name in rule or "rtn" in rule for rule in rules)
     assert allowed(weight_method), "every context is refused"

@@ -258,12 +258,12 @@ FAULTS = {
     "unknown evaluation": (
         JOB + "  - perplexty: {text: c4}\n",
         9,
-        'evaluate[1]: unknown evaluation "perplexty", did you mean "perplexity"? known: perplexity',
+        'evaluate[1]: unknown evaluation "perplexty", did you mean "perplexity"? known: ',
     ),
     "unknown option of an evaluation": (
         JOB + "  - perplexity: {text: c4, window: 3}\n",
         9,
-        'evaluate[1]: perplexity: unknown option "window", did you mean "windows"? known: divergence, length, text, ',
+        'evaluate[1]: perplexity: unknown option "window", did you mean "windows"? known: convention, ',
     ),
     "an evaluation without its text": (
         JOB + "  - perplexity\n",
@@ -283,12 +283,12 @@ FAULTS = {
     "unknown text of an evaluation": (
         JOB + "  - perplexity: {text: wikitxt2}\n",
         9,
-        'evaluate[1]: unknown text "wikitxt2", did you mean "wikitext2"? known: c4, python-docs, wikitext2',
+        'evaluate[1]: unknown text "wikitxt2", did you mean "wikitext2"? known: c4, c4-new, python-docs, ',
     ),
     "unknown text of the calibration": (
         changed(calibration="\n  samples: 3\n  text: foo"),
         8,
-        'calibration.text: unknown text "foo"; known: c4, python-docs, wikitext2',
+        'calibration.text: unknown text "foo"; known: c4, c4-new, python-docs, ',
     ),
     "unknown method in include": (
         JOB + "include:\n  - {bits: [w8]}\n  - {methods: [gtpq]}\n",

@@ -145,8 +145,9 @@ def test_a_job_that_asks_for_no_method_has_its_baseline() -> None:
         ({"bits": "[w9]"}, "gptq w9 g64", "gptq quantizes weights to 2..8 bits, not 9"),
         ({"bits": "[w1]"}, "rtn w1 g64", "rtn quantizes weights to 2..8 bits, not 1"),
         ({"bits": "[w4/9]"}, "rtn w4/9 g64", "rtn quantizes weights to 2..8 bits, not 9"),
-        ({"bits": "[w4kv4]"}, "rtn w4kv4 g64", "w4kv4 quantizes kv_cache, which no method of rtn does"),
-        ({"bits": "[w8a8]"}, "gptq w8a8 g64", "w8a8 quantizes linear_in, which no method of gptq does"),
+        ({"bits": "[w4kv9]"}, "gptq w4kv9 g64", "rtn quantizes kv_cache to 2..8 bits, not 9"),
+        ({"bits": "[w8a1]"}, "gptq w8a1 g64", "rtn quantizes linear_in to 2..15 bits, not 1"),
+        ({"bits": "[w8p1]"}, "rtn w8p1 g64", "rtn quantizes probs to 2..15 bits, not 1"),
         ({"bits": "[kv2]"}, "gptq kv2 g64", "gptq quantizes weight, which kv2 leaves at 16 bits"),
         (
             {"bits": "[w16]"},

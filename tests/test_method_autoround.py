@@ -13,11 +13,15 @@ from torch import Tensor, nn
 
 from qfarm.calibrate import quantize_weights
 from qfarm.errors import NonFinite
+from qfarm.inputs import Collector, Statistic
 from qfarm.methods.autoround import AutoRound, LayerVariables, block_loss, first_rate, train
+from qfarm.methods.rtn import RTN
 from qfarm.quantized import UniformWeight, unpack_bits
 from qfarm.quantizer import Grid
+from qfarm.recipe import WeightSolver
 from qfarm.walk import BlockProblem
 from tests.conftest import TINY
+from tests.contract import threads
 from tests.test_models import loaded
 
 FLOAT32: dict[str, Any] = {"scale_dtype": torch.float32}
@@ -46,6 +50,9 @@ def toy(grid: Grid, seed: int = 0, width: int = 32, samples: int = 16) -> BlockP
     mixing = torch.randn(width, width, generator=generator) / width**0.5
     inputs = torch.randn(samples, 8, width, generator=generator) @ mixing
     linears = {"up": block.up, "down": block.down}
+    collectors = {role: Collector(AutoRound().statistics(), tokens=8 * samples) for role in linears}
+    collectors["up"].add(inputs)
+    collectors["down"].add(torch.nn.functional.silu(block.up(inputs)))
     return BlockProblem(
         block=block,
         linears=linears,
@@ -54,6 +61,7 @@ def toy(grid: Grid, seed: int = 0, width: int = 32, samples: int = 16) -> BlockP
         targets=block(inputs),
         keywords={},
         seed=seed,
+        statistics={role: collector.result() for role, collector in collectors.items()},
     )
 
 
@@ -222,6 +230,30 @@ def test_first_token_can_be_left_out() -> None:
     assert options.quantize_block(problem)["up"].notes["loss_first"] < 10
 
 
+def test_layers_come_with_their_output_errors(tiny: Path) -> None:
+    """Without training both figures of a layer are RTN's own; with it they differ, and every layer has them."""
+    plain, trained = (quantized_tiny(tiny, AutoRound(iterations=n, batch=6), sequential=False)[1] for n in (0, 6))
+    nearest = quantized_tiny(tiny, Observed(), sequential=False)[1]
+    for first, second, third in zip(plain, trained, nearest, strict=True):
+        assert first.output_error == pytest.approx(third.output_error, rel=1e-5)
+        assert first.notes["ordinary_error"] == pytest.approx(first.notes["ordinary_error_rtn"], rel=1e-5)
+        assert second.notes["ordinary_error_rtn"] == first.notes["ordinary_error_rtn"]
+        assert second.output_error is not None and 0 < second.output_error != first.output_error
+
+
+def test_neither_a_repeat_nor_the_number_of_threads_changes_a_bit() -> None:
+    """On one machine: elsewhere a gradient of nearly zero may have another sign."""
+    problem, results = toy(Grid(bits=3, group_size=32), width=128, samples=64), []
+    for count in (1, 2, 2):
+        with threads(count):
+            results.append(AutoRound(iterations=5, batch=32).quantize_block(problem))
+    for other in results[1:]:
+        for role, first in results[0].items():
+            second = other[role]
+            assert isinstance(first, UniformWeight) and isinstance(second, UniformWeight)
+            assert torch.equal(first.codes, second.codes) and torch.equal(first.scale, second.scale)
+
+
 def test_rates() -> None:
     assert first_rate(AutoRound(), 2) == 1 / 200
     assert first_rate(AutoRound(iterations=1000), 3) == 2 / 1000
@@ -272,8 +304,15 @@ def test_stored_bytes_and_unpacking(rows: int, groups: int, size: int, bits: int
     assert torch.equal(result.row_range(0, 1).dequantize(), result.dequantize()[:1])
 
 
+class Observed(RTN):
+    """RTN that asks for the Hessian, so that its output error is known."""
+
+    def statistics(self) -> frozenset[Statistic]:
+        return frozenset({Statistic.HESSIAN})
+
+
 def quantized_tiny(
-    path: Path, solver: AutoRound, dtype: str = "float32", sequential: bool = True, grid_of: Any = None
+    path: Path, solver: WeightSolver, dtype: str = "float32", sequential: bool = True, grid_of: Any = None
 ) -> tuple[Any, list[Any]]:
     model, grid = loaded(path, dtype), Grid(bits=2, group_size=32)
     layers = quantize_weights(

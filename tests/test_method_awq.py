@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from qfarm.calibrate import LayerResult, quantize_weights
 from qfarm.errors import NonFinite
-from qfarm.inputs import InputStatistics
-from qfarm.methods.awq import AWQ, centred, clamp_groups, floored, gram_loss, group_amax, rounded, search_clip
+from qfarm.inputs import Collector, InputStatistics
+from qfarm.methods.awq import AWQ, Loss, centred, clamp_groups, floored, gram_loss, group_amax, rounded, search_clip
 from qfarm.methods.rtn import RTN
 from qfarm.models.load import LoadedModel
 from qfarm.quantized import ColumnScaled, QuantizedWeight, UniformWeight, unpack_bits
 from qfarm.quantizer import Grid
-from qfarm.recipe import WeightSolver
+from qfarm.recipe import WeightSolver, solves_blocks
+from qfarm.walk import BlockProblem
 from tests.conftest import TINY, save_tiny
 from tests.test_models import loaded
 
@@ -289,14 +291,34 @@ def test_refusals_and_broken_statistics() -> None:
         quantize(gaussian(2, 16), inputs)
 
 
+def test_threads_change_ties_at_most() -> None:
+    """Losses are compared, and clipped groups chosen, by sums whose last bits may depend on the number of threads."""
+    generator = torch.manual_seed(73)
+    weight, x = torch.randn(96, 384, generator=generator), torch.randn(1024, 384, generator=generator)
+    x = x @ torch.randn(384, 384, generator=generator)
+    before, grid = torch.get_num_threads(), Grid(bits=3, group_size=32)
+    results = []
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            collector = Collector(AWQ().statistics(), tokens=1024)
+            collector.add(x)
+            inputs = dataclasses.replace(collector.result(), foldable=True)
+            results.append(AWQ().quantize_linear(weight, inputs, grid).dequantize())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[1], results[2])  # the same number of threads: the same bits
+    changed = (results[0] - results[1]).abs() > 1e-6
+    assert float(changed.float().mean()) < 1e-3
+
+
 class Recorder(AWQ):
     """AWQ that keeps what it was given and what it made."""
 
     seen: ClassVar[list[tuple[InputStatistics, Any]]] = []
 
-    def quantize_linear(self, weight: Tensor, inputs: InputStatistics | None, grid: Grid) -> QuantizedWeight:
-        result = super().quantize_linear(weight, inputs, grid)
-        assert inputs is not None
+    def solve(self, weight: Tensor, inputs: InputStatistics, grid: Grid, loss: Loss | None = None) -> QuantizedWeight:
+        result = super().solve(weight, inputs, grid, loss)
         Recorder.seen.append((inputs, result))
         return result
 
@@ -377,11 +399,128 @@ def test_the_fold_gives_the_same_function(tmp_path: Path, family: str, recorder:
     """What is evaluated, Q(W s) / s, equals a model whose norms, values and up projections carry 1 / s."""
     path = save_tiny(tmp_path, family, num_key_value_heads=4) if family == "llama" else save_tiny(tmp_path, family)
     simulated, folded = uneven(loaded(path)), uneven(loaded(path))
-    quantize_model(simulated, recorder)
+    quantize_model(simulated, dataclasses.replace(recorder, ratios=5))
     scaled = fold(folded, family, Recorder.seen)
     assert scaled == {"q", "o", "down", "gate" if family == "llama" else "up"}
     expected = simulated.model(IDS).logits
     torch.testing.assert_close(folded.model(IDS).logits, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def first_inputs(model: LoadedModel, module: Any) -> list[tuple[Any, Any]]:
+    """Positional and keyword arguments of each call of a module while the calibration windows run, one by one."""
+    calls: list[tuple[Any, Any]] = []
+    handle = module.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    for window in WINDOWS:
+        model.body(window[None])
+    handle.remove()
+    return calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("roles,name", [(("q", "k", "v"), "self_attn"), (("gate", "up"), "mlp")])
+def test_stacked_layers_are_judged_by_the_module_that_reads_their_input(
+    tiny: Path, recorder: Recorder, roles: tuple[str, ...], name: str
+) -> None:
+    """Brute force: every ratio's weights put into a model of its own, whose attention or MLP is run on the inputs."""
+    model = uneven(loaded(tiny))
+    module, linears = model.blocks[0].get_submodule(name), model.linears(0)
+    calls = first_inputs(model, module)
+    targets = [module(*args, **kwargs) for args, kwargs in calls]
+    weights = {role: linears[role].weight.clone() for role in roles}
+    x = torch.cat([(args[0] if args else kwargs["hidden_states"])[0] for args, kwargs in calls])
+    errors = []
+    for i in range(20):
+        s = x.abs().mean(0) ** (i / 20)
+        s = s / (s.max() * s.min()).sqrt()
+        for role in roles:
+            linears[role].weight.copy_(Grid(bits=3, group_size=16, **FINE).quantize(weights[role] * s).dequantize() / s)
+        outputs = [module(*args, **kwargs) for args, kwargs in calls]
+        pairs = zip(outputs, targets, strict=True)
+        deltas = [(a[0] - b[0]) if isinstance(a, tuple) else (a - b) for a, b in pairs]
+        errors.append(float(sum(delta.square().sum() for delta in deltas)) / len(x))
+    for role in roles:
+        linears[role].weight.copy_(weights[role])
+    quantize_model(model, recorder)
+    notes = next(result.notes for inputs, result in Recorder.seen if inputs.roles[0][0] == roles[0])
+    assert notes["objective"] == "module"
+    assert notes["loss_unscaled"] == pytest.approx(errors[0], rel=1e-3)
+    assert notes["loss"] == pytest.approx(min(errors), rel=1e-3)
+    assert notes["ratio"] == errors.index(min(errors)) / 20
+
+
+def test_a_layer_that_reads_alone_is_its_own_module(tiny_models: dict[str, Path]) -> None:
+    for family in ("llama", "opt"):
+        by_objective = {}
+        for objective in ("module", "gram"):
+            model = uneven(loaded(tiny_models[family]))
+            solver = AWQ(objective=objective)  # type: ignore[arg-type]
+            results = quantize_model(model, solver)
+            by_objective[objective] = {r.role: r for r in results if r.layer == 0}
+        stacked = {"q", "k", "v", "gate"} | ({"up"} if family == "llama" else set())
+        for role, ours in by_objective["module"].items():
+            assert ours.notes["objective"] == ("module" if role in stacked else "gram")
+            assert role in stacked or ours == by_objective["gram"][role]
+        assert {r.notes["objective"] for r in by_objective["gram"].values()} == {"gram"}
+        assert by_objective["module"]["q"].notes["loss"] != by_objective["gram"]["q"].notes["loss"]
+
+
+def test_the_gram_objective_needs_no_block(tiny: Path) -> None:
+    assert not solves_blocks(AWQ(objective="gram")) and solves_blocks(AWQ())
+
+
+def test_a_module_is_measured_on_as_many_windows_as_asked(tiny: Path, recorder: Recorder) -> None:
+    losses = []
+    for samples in (2, 6, 32):
+        Recorder.seen = []
+        quantize_model(uneven(loaded(tiny)), dataclasses.replace(recorder, samples=samples))
+        losses.append(Recorder.seen[0][1].notes["loss"])
+    assert losses[0] != losses[1] == losses[2]  # there are six
+
+
+def test_the_search_leaves_the_block_as_it_was(tiny: Path) -> None:
+    model = uneven(loaded(tiny))
+    before = {name: value.clone() for name, value in model.model.state_dict().items()}
+    seen = []
+
+    class Watched(AWQ):
+        def quantize_block(self, problem: BlockProblem) -> dict[str, QuantizedWeight]:
+            result = super().quantize_block(problem)
+            now = problem.block.state_dict()
+            prefix = f"model.layers.{len(seen)}."
+            seen.append(all(torch.equal(before[prefix + name], value) for name, value in now.items()))
+            return result
+
+    quantize_model(model, Watched())
+    assert seen == [True, True]
+
+
+def test_a_scale_that_nothing_absorbs_may_be_stored_and_is_counted() -> None:
+    x, weight = tokens(64, outlier=7), gaussian(16, 64, seed=4)
+    grid = Grid(bits=3, group_size=16)
+    skipped, stored = (
+        AWQ(unfoldable=choice, clip=False).quantize_linear(weight, statistics(x, foldable=False), grid)  # type: ignore[arg-type]
+        for choice in ("skip", "store")
+    )
+    assert isinstance(stored, ColumnScaled) and not stored.folded and stored.factor.dtype == torch.float16
+    assert stored.stored_bytes() == skipped.stored_bytes() + 2 * 64
+    assert stored.stored_bytes() == sum(t.numel() * t.element_size() for t in stored.packed().values())
+    assert torch.equal(stored.packed()["weight_column_scale"], stored.factor) and "reason" not in stored.notes
+    folded = AWQ(clip=False).quantize_linear(weight, statistics(x), grid)
+    assert stored.notes["ratio"] == folded.notes["ratio"] and folded.stored_bytes() == skipped.stored_bytes()
+    error = output_error(weight, stored.dequantize(), x)
+    assert error == pytest.approx(stored.notes["loss"], rel=1e-4)  # measured with the factor that is stored
+    assert error < 0.3 * output_error(weight, skipped.dequantize(), x)
+
+
+def test_stored_scales_reach_the_output_projection_under_grouped_queries(tiny: Path) -> None:
+    skipped, stored = (
+        [r for r in quantize_model(uneven(loaded(tiny)), AWQ(unfoldable=choice)) if r.role == "o"]  # type: ignore[arg-type]
+        for choice in ("skip", "store")
+    )
+    for before, after in zip(skipped, stored, strict=True):
+        assert "absorb" in before.notes["reason"] and "reason" not in after.notes
+        assert after.notes["ratio"] > 0 and after.stored_bytes > before.stored_bytes
+        assert after.notes["loss"] < before.notes["loss"]
 
 
 def test_shared_inputs_share_one_scale_and_know_their_roles(tiny: Path, recorder: Recorder) -> None:
@@ -421,10 +560,10 @@ def test_grouped_query_attention_leaves_o_to_rounding(tiny: Path) -> None:
 @pytest.mark.parametrize("family", TINY)
 def test_whole_models(tiny_models: dict[str, Path], family: str) -> None:
     first, second = (uneven(loaded(tiny_models[family])) for _ in range(2))
-    results = quantize_model(first, AWQ())
+    results = quantize_model(first, AWQ(ratios=5))
     assert [(r.solver, r.bits, r.group_size) for r in results] == [("awq", 3, 16)] * len(results)
     assert len(results) == 2 * len(first.architecture.roles)
-    assert quantize_model(second, AWQ()) == results
+    assert quantize_model(second, AWQ(ratios=5)) == results
     logits = first.model(IDS).logits
     assert torch.isfinite(logits).all() and torch.equal(logits, second.model(IDS).logits)
     first.restore()

@@ -33,6 +33,7 @@ from qfarm.quantized import unpack_bits
 from qfarm.quantizer import Grid
 from qfarm.solver import factorise
 from tests.conftest import TINY
+from tests.contract import threads
 from tests.test_models import loaded
 
 FLOAT32: dict[str, Any] = {"scale_dtype": torch.float32}
@@ -245,6 +246,26 @@ def test_dead_columns_do_not_pull_the_fit() -> None:
     assert torch.equal(found.codes[:, live], expected.codes)
     torch.testing.assert_close(found.coefficients, expected.coefficients, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found.score, expected.score, rtol=1e-3, atol=1e-5)
+
+
+def test_neither_a_repeat_nor_the_number_of_threads_changes_a_bit() -> None:
+    weight, hessian = random(96, 512, 38), correlated(512, 39, tokens=1024)
+    results = []
+    for count in (1, 2, 2):
+        with threads(count):
+            results.append(run(weight, hessian, Grid(bits=2, group_size=128), iterations=3))
+    for other in results[1:]:
+        assert torch.equal(results[0].codes, other.codes) and torch.equal(results[0].coefficients, other.coefficients)
+
+
+def test_rows_at_rest_are_left_out_without_a_trace() -> None:
+    """Each row alone, which runs until it rests itself, is what it is among rows that go on longer."""
+    weight, upper = random(12, 32, 40), block(32, 41)
+    together = group(weight, upper, iterations=20)
+    for row in range(12):
+        alone = group(weight[row : row + 1], upper, iterations=20)
+        assert torch.equal(alone.codes[0], together.codes[row])
+        torch.testing.assert_close(alone.score[0], together.score[row], rtol=1e-5, atol=0)
 
 
 def test_signed_planes_give_the_same_weight() -> None:

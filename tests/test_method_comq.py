@@ -25,6 +25,7 @@ from qfarm.quantized import UniformWeight, unpack_bits
 from qfarm.quantizer import Grid
 from qfarm.recipe import WeightSolver, build_method
 from tests.conftest import TINY
+from tests.contract import threads
 from tests.test_method_gptq import sink_statistics
 from tests.test_models import loaded
 
@@ -238,12 +239,14 @@ def test_greedy_visits_by_contribution() -> None:
     assert natural.dequantize().tolist() == [[-1, 2, 0, 0]]
 
 
-def test_block_size_never_changes_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("order", ["energy", "greedy"])
+def test_block_size_never_changes_the_result(monkeypatch: pytest.MonkeyPatch, order: Any) -> None:
     weight, hessian = random(7, 48, 19), correlated(48, 20)
     results = []
     for block in (1, 7, 48):
         monkeypatch.setattr("qfarm.methods.comq.BLOCK", block)
-        results.append(comq(weight, hessian, Grid(bits=3, group_size=12), COMQ()).codes)
+        monkeypatch.setattr("qfarm.methods.comq.OWN_BLOCK", block)
+        results.append(comq(weight, hessian, Grid(bits=3, group_size=12), COMQ(order=order)).codes)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
@@ -362,6 +365,38 @@ def test_massive_activation_is_noticed_and_repaired() -> None:
     fallen_back = COMQ(on_worse="rtn").quantize_linear(weight, inputs, grid)
     assert fallen_back.solver == "rtn" and "ordinary tokens" in fallen_back.notes["reason"]
     assert torch.equal(fallen_back.codes, grid.quantize(weight).codes)
+
+
+def test_retry_starts_from_gptq_then_normalises_tokens_then_rounds() -> None:
+    weight, inputs = sink_statistics(256, sink=250)
+    grid = Grid(bits=4, **FINE)
+    options: dict[str, Any] = {"order": "natural", "on_worse": "retry"}
+    assert COMQ(on_worse="retry").statistics() > COMQ().statistics()
+    first = COMQ(**options).quantize_linear(weight, inputs, grid)
+    assert first.solver == "comq retry" and torch.equal(
+        first.codes, COMQ(start="gptq").quantize_linear(weight, inputs, grid).codes
+    )
+    # A second moment that tells nothing of ordinary tokens: only the normalised one helps, or none.
+    assert inputs.sample is not None
+    told = inputs.sample.T @ inputs.sample / len(inputs.sample)
+    wrong = dataclasses.replace(inputs, hessian=correlated(256, 42), normalised_hessian=told)
+    second = COMQ(**options).quantize_linear(weight, wrong, grid)
+    assert (
+        second.solver == "comq retry token_norm" and second.notes["ordinary_error"] < second.notes["ordinary_error_rtn"]
+    )
+    third = COMQ(**options).quantize_linear(weight, dataclasses.replace(wrong, normalised_hessian=wrong.hessian), grid)
+    assert third.solver == "rtn" and torch.equal(third.codes, grid.quantize(weight).codes)
+
+
+@pytest.mark.parametrize("options", [{}, {"order": "greedy"}, {"start": "gptq"}])
+def test_neither_a_repeat_nor_the_number_of_threads_changes_a_bit(options: dict[str, Any]) -> None:
+    weight, hessian = random(96, 512, 43), correlated(512, 44, tokens=1024)
+    results = []
+    for count in (1, 2, 2):
+        with threads(count):
+            results.append(comq(weight, hessian, Grid(bits=3, group_size=128), COMQ(sweeps=2, **options)))
+    for other in results[1:]:
+        assert torch.equal(results[0].codes, other.codes) and torch.equal(results[0].scale, other.scale)
 
 
 def test_options() -> None:

@@ -104,8 +104,8 @@ def test_uniform_spacing_is_exact(bits: int) -> None:
     torch.testing.assert_close(result.dequantize(), weight, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("round_zero", [True, False, None])
-def test_flat_groups_keep_their_value(round_zero: bool | None) -> None:
+@pytest.mark.parametrize("round_zero", [True, False, "at_4_bits"])
+def test_flat_groups_keep_their_value(round_zero: bool | str) -> None:
     weight = torch.tensor([[0.0] * 16, [0.02] * 16, [-0.7] * 16, [5.0] * 16])
     for iterations in (0, 20):
         values = quantize(weight, round_zero=round_zero, iterations=iterations).dequantize()
@@ -115,6 +115,24 @@ def test_flat_groups_keep_their_value(round_zero: bool | None) -> None:
     assert len(quantize(nearly).dequantize().unique()) == 1  # the reference's jump: collapses up to 1e-4 ...
     wider = torch.full((1, 16), 0.02) + torch.linspace(0, 1.2e-4, 16)
     assert len(quantize(wider).dequantize().unique()) > 1  # ... and not above
+
+
+def test_initial_zeros_are_rounded_at_four_bits_only() -> None:
+    """What the default means is spelled out in the identity, and depends on nothing but the layer's width."""
+    assert HQQ().resolve(64).identity()["round_zero"] == "at_4_bits"
+    groups = (gaussian(4, 32, seed=13) + 0.01).reshape(4, 2, 16)
+    for bits in (3, 4, 5):
+        _, zero = initial(groups, torch.ones(4, 2, 1), Grid(bits=bits, group_size=16, **FINE), HQQ())
+        assert torch.equal(zero, zero.round()) == (bits == 4)
+    weight = groups.reshape(4, 32)
+    for bits in (3, 4):
+        default, same, other = (
+            quantize(weight, bits, iterations=0, round_zero=flag).dequantize()
+            for flag in ("at_4_bits", bits == 4, bits != 4)
+        )
+        assert torch.equal(default, same) and not torch.equal(default, other)
+    with pytest.raises(ValueError, match="at_4_bits"):
+        HQQ(round_zero=None)  # type: ignore[arg-type]
 
 
 def test_gain_on_gaussian_weights() -> None:
@@ -201,6 +219,19 @@ def test_storage(rows: int, groups: int, size: int, bits: int, dtype: torch.dtyp
     scale, zero = (tensors[name].float()[..., None] for name in ("weight_scale", "weight_zero_point"))
     assert torch.equal(((codes - zero) * scale).reshape(rows, -1), result.dequantize())
     assert tensors["weight_scale"].dtype == tensors["weight_zero_point"].dtype == dtype
+
+
+def test_threads_do_not_change_the_result() -> None:
+    """Bit for bit, also where the error that stops the loop is a mean over the whole matrix."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(quantize(gaussian(333, 770, seed=14, std=1.0), 3, 77).dequantize())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
 
 
 def test_four_and_a_quarter_bits() -> None:

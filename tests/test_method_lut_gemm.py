@@ -118,6 +118,27 @@ def test_equal_planes_keep_their_scales() -> None:
     torch.testing.assert_close(new, torch.tensor([[2.25, 0.75]], dtype=torch.float64), rtol=1e-6, atol=0)
 
 
+def test_a_group_that_cannot_be_solved_keeps_its_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its neighbours are solved all the same. A negative ridge makes what is singular indefinite."""
+    monkeypatch.setattr(lut_gemm, "RIDGE", -1e-3)
+    values, alpha = normal(2, 4, 40).double(), torch.rand(2, 2).double() + 0.5
+    codes = torch.tensor([[3, 3, 3, 0], [0, 1, 2, 3]], dtype=torch.uint8)  # equal planes; orthogonal ones
+    new, _ = least_squares(values, codes, alpha, None, None)
+    assert torch.equal(new[0], alpha[0])
+    signs = torch.tensor([[-1.0, -1], [1, -1], [-1, 1], [1, 1]]).double()
+    torch.testing.assert_close(new[1], signs.T @ values[1] / 4, rtol=0.01, atol=1e-3)
+
+
+@pytest.mark.parametrize("spread", [1e3, 1e6])
+def test_uneven_importance_stays_finite(spread: float) -> None:
+    diagonal = torch.logspace(0, float(torch.log10(torch.tensor(spread))), 128)[torch.randperm(128)]
+    weight = normal(256, 128, 41)
+    weight[:64] = weight[:64].sign() * 0.3  # all planes equal
+    for bits in (3, 5, 8):
+        result = run(weight, bits, 128, diagonal, importance=2.0, offset=True)
+        assert torch.isfinite(result.dequantize()).all()
+
+
 def test_error_falls_with_more_bits_and_smaller_groups() -> None:
     weight = normal(32, 256, 5)
     by_bits = [relative_error(weight, run(weight, bits, 64).dequantize()) for bits in (1, 2, 3, 4, 5)]
@@ -309,6 +330,19 @@ def test_stored_bytes_and_round_trip(
     assert part.stored_bytes() == sum(t.numel() * t.element_size() for t in part.packed().values())
 
 
+def test_threads_do_not_change_the_result() -> None:
+    """Bit for bit: groups are solved apart."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(run(normal(222, 770, 43), 3, 77, rounds=3).dequantize())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+
+
 def test_bits_per_weight() -> None:
     for bits, size, offset, expected in (
         (3, 128, False, 3.375),
@@ -406,6 +440,18 @@ def test_feedback_with_a_diagonal_hessian_changes_nothing() -> None:
     torch.testing.assert_close(fed.dequantize(), plain.dequantize(), rtol=1e-4, atol=1e-5)
     order = group_aware_order(diagonal, 16)
     assert (order.reshape(-1, 16) // 16 == order.reshape(-1, 16)[:, :1] // 16).all()
+
+
+def test_feedback_without_a_factor_is_left_out_and_says_so() -> None:
+    hopeless = torch.full((16, 16), 10.0).fill_diagonal_(1.0)
+    inputs = InputStatistics(tokens=1, hessian=hopeless, sample=torch.eye(16))
+    weight, grid = normal(4, 16, 42), Grid(bits=3, **FINE)
+    result = LUTGEMM(feedback=True).quantize_linear(weight, inputs, grid)
+    assert "could not be factored" in result.notes["reason"] and "loss" not in result.notes
+    assert torch.equal(result.dequantize(), LUTGEMM().quantize_linear(weight, None, grid).dequantize())
+    inputs.hessian = torch.full((16, 16), torch.nan)
+    with pytest.raises(NonFinite, match="calibration"):
+        LUTGEMM(feedback=True).quantize_linear(weight, inputs, grid)
 
 
 def test_uniform_start_with_feedback_is_gptq() -> None:

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from qfarm.calibrate import LayerResult, quantize_weights
 from qfarm.errors import InvalidInput, NonFinite
-from qfarm.inputs import InputStatistics, Statistic
+from qfarm.inputs import Collector, InputStatistics, Statistic
 from qfarm.methods.gptq import GPTQ
 from qfarm.methods.qera import QERA, lqer_scale, reconstruct, weighted_norm
 from qfarm.methods.rtn import RTN
 from qfarm.models.load import LoadedModel
 from qfarm.quantized import LowRank, QuantizedWeight, unpack_bits
 from qfarm.quantizer import Grid
-from qfarm.recipe import WeightSolver, build_method, parse_recipe
+from qfarm.recipe import BlockSolver, WeightSolver, build_method, lookup, method_names, parse_recipe
 from tests.conftest import TINY
+from tests.contract import threads
 from tests.test_models import loaded
 
 WINDOWS = torch.randint(0, 256, (6, 40), generator=torch.manual_seed(0))
@@ -220,6 +221,44 @@ def test_rank_follows_bits_or_the_price() -> None:
     assert poor is base and "no rank" in poor.notes["reason"]
 
 
+BASES = [
+    name
+    for name in method_names()
+    if issubclass(lookup(name), WeightSolver) and not issubclass(lookup(name), BlockSolver)
+]
+
+
+@pytest.mark.parametrize("mode", ["exact", "approx", "lqer", "identity"])
+@pytest.mark.parametrize("base", BASES)
+def test_on_top_of_every_layer_solver(base: str, mode: str) -> None:
+    """Whatever the base stores stays, bytes add up exactly, and its own norm of the error falls to the optimum."""
+    solver = parse_recipe(base).solver
+    assert solver is not None
+    generator = torch.manual_seed(90)
+    weight = torch.randn(48, 64, generator=generator)
+    collector = Collector(frozenset(Statistic), tokens=256)
+    collector.add(torch.randn(256, 64, generator=generator) @ torch.randn(64, 64, generator=generator))
+    inputs = dataclasses.replace(collector.result(), roles=(("q", 48),))
+    quantized = solver.resolve(32).quantize_linear(weight, inputs, Grid(bits=3, group_size=32))
+    notes = dict(quantized.notes)
+    method = QERA(mode=mode, rank=5)  # type: ignore[arg-type]
+    made = method.wrap(weight, quantized, inputs)
+    assert isinstance(made, LowRank) and made.solver == f"{quantized.solver}+qera" and quantized.notes == notes
+    assert made.stored_bytes() == quantized.stored_bytes() + 2 * 5 * (48 + 64)
+    packed = made.packed()
+    assert made.stored_bytes() == sum(t.numel() * t.element_size() for t in packed.values())
+    assert all(torch.equal(packed[name], kept) for name, kept in quantized.packed().items())
+    product = packed["weight_left"].float() @ packed["weight_right"].float()
+    assert torch.equal(made.dequantize(), quantized.dequantize() + product)
+    error = (weight - quantized.dequantize()).double()
+    moment = method._moment(inputs, error)
+    matrix = root(moment) if moment.dim() == 2 else moment.sqrt().diag()
+    tail = float(torch.linalg.svdvals(error @ matrix)[5:].square().sum())
+    reached = weighted_norm((weight - made.dequantize()).double(), moment)
+    assert reached == pytest.approx(tail, rel=1e-3) and tail < weighted_norm(error, moment)
+    assert made.notes["ordinary_error_with_term"] == inputs.ordinary_error(weight, made.dequantize())
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(1, 20),
@@ -262,6 +301,17 @@ def test_broken_inputs_are_errors() -> None:
         QERA().wrap(weight, base, broken)
     with pytest.raises(NonFinite, match="float16"):
         QERA().wrap(weight * 1e7, base, inputs)
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "identity"}, {"sketch": True}])
+def test_neither_a_repeat_nor_the_number_of_threads_changes_a_bit(options: dict[str, Any]) -> None:
+    """Signs and turns of eigenvectors included."""
+    weight, inputs = layer(96, 512, seed=80)
+    base, results = Grid(bits=3, group_size=64).quantize(weight), []
+    for count in (1, 2, 2):
+        with threads(count):
+            results.append(QERA(rank=16, **options).wrap(weight, base, inputs).packed())
+    assert all(torch.equal(results[0][name], other[name]) for other in results[1:] for name in results[0])
 
 
 def test_options() -> None:

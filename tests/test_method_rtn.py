@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from qfarm.calibrate import LayerResult, quantize_weights
 from qfarm.methods.rtn import METHOD, RTN
 from qfarm.models.load import LoadedModel
+from qfarm.quantized import unpack_bits
 from qfarm.quantizer import Convention, Grid
 from tests.conftest import TINY
 from tests.test_models import loaded
@@ -49,7 +52,9 @@ GRIDS = [
 
 def test_it_is_what_a_job_calls_rtn() -> None:
     assert METHOD is RTN and RTN().name == "rtn"
-    assert RTN().options() == {"search": False, "convention": "restricted"}
+    assert RTN().options() == {"search": False, "convention": "restricted", "per_tensor": False}
+    assert RTN().identity() == {"search": False, "convention": "restricted"}  # ids of stored cells stay
+    assert RTN(per_tensor=True).identity()["per_tensor"] is True
     assert not RTN().needs_text and not RTN().needs_seed and RTN().statistics() == frozenset()
 
 
@@ -126,6 +131,81 @@ def test_conventions_of_symmetric_grids(convention: Convention, step: float) -> 
     assert torch.allclose(steps, steps.round(), atol=1e-4) and q.solver == "rtn"
 
 
+def test_one_grid_for_the_whole_matrix_by_hand() -> None:
+    # 2 bits: low -1, high 2 over both rows, so step 1 and zero 1; by rows the second would be exact.
+    w = torch.tensor([[-1.0, 2.0, 0.4], [0.0, 0.3, 0.9]])
+    grid = Grid(bits=2, scale_dtype=torch.float32)
+    q = RTN(per_tensor=True).quantize_linear(w, None, grid)
+    assert q.dequantize().tolist() == [[-1.0, 2.0, 0.0], [0.0, 0.0, 1.0]]
+    assert q.scale.tolist() == [[1.0]] and q.zero is not None and q.zero.tolist() == [[1]]
+    assert not torch.equal(RTN().quantize_linear(w, None, grid).dequantize()[1], q.dequantize()[1])
+    one_row = weight(1)
+    by_row, whole = (RTN(per_tensor=flag).quantize_linear(one_row, None, grid) for flag in (False, True))
+    assert torch.equal(whole.dequantize(), by_row.dequantize()) and whole.stored_bytes() == by_row.stored_bytes()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    groups=st.integers(1, 4),
+    size=st.integers(1, 19),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    per_tensor=st.booleans(),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+)
+def test_storage(
+    rows: int, groups: int, size: int, bits: int, symmetric: bool, per_tensor: bool, dtype: torch.dtype
+) -> None:
+    columns = groups * size
+    grid = Grid(bits=bits, group_size=-1 if per_tensor else size, symmetric=symmetric, scale_dtype=dtype)
+    q = RTN(per_tensor=per_tensor).quantize_linear(weight(rows, columns), None, grid)
+    tensors = q.packed()
+    assert q.stored_bytes() == sum(t.numel() * t.element_size() for t in tensors.values())
+    scale = tensors["weight_scale"].float()
+    codes = unpack_bits(tensors["weight_packed"], bits, columns).float().reshape(rows, scale.shape[1], -1)
+    zero = torch.full_like(scale, 2.0 ** (bits - 1))
+    if not symmetric:
+        zero = unpack_bits(tensors["weight_zero_point"].T.contiguous(), bits, len(scale)).T.float()
+    assert torch.equal(((codes - zero[..., None]) * scale[..., None]).reshape(rows, columns), q.dequantize())
+    part = q.row_range(rows // 2, rows)
+    assert torch.equal(part.dequantize(), q.dequantize()[rows // 2 :])
+    assert part.stored_bytes() == sum(t.numel() * t.element_size() for t in part.packed().values())
+
+
+def test_effective_bits() -> None:
+    w = weight(64, 256)
+    for grid, solver, expected in (
+        (Grid(bits=4, group_size=128), RTN(), 4 + 20 / 128),
+        (Grid(bits=4, group_size=128, symmetric=True), RTN(), 4 + 16 / 128),
+        (Grid(bits=4), RTN(), 4 + 20 / 256),
+        (Grid(bits=4, symmetric=True), RTN(per_tensor=True), 4 + 16 / (64 * 256)),
+        (Grid(bits=4), RTN(per_tensor=True), 4 + (16 + 32) / (64 * 256)),  # the zero takes a word
+    ):
+        assert 8 * solver.quantize_linear(w, None, grid).stored_bytes() / w.numel() == pytest.approx(expected)
+
+
+def test_threads_do_not_change_the_result() -> None:
+    """Bit for bit, at an odd size: nothing here is summed in an order that depends on the number of threads."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(
+                RTN(search=True).quantize_linear(weight(333, 770), None, Grid(bits=3, group_size=77)).dequantize()
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+
+
+def test_per_tensor_refuses_groups_and_stacks() -> None:
+    assert "group size -1" in str(RTN(per_tensor=True).refusal(64, False))
+    assert RTN(per_tensor=True).refusal(-1, True) is None and RTN().refusal(64, False) is None
+    assert RTN().stackable and not RTN(per_tensor=True).stackable
+
+
 # -- on models --------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +232,16 @@ def test_each_layer_is_its_own_weight_rounded(tiny_models: dict[str, Path], fami
     }
     quantize(model, grid)
     assert all(torch.equal(model.linears(i)[role].weight, values) for (i, role), values in alone.items())
+
+
+def test_each_layer_has_a_grid_of_its_own_per_tensor(tiny: Path) -> None:
+    model = loaded(tiny)
+    grid = Grid(bits=4)
+    solver = RTN(per_tensor=True)
+    alone = {role: solver.quantize_linear(li.weight.detach(), None, grid) for role, li in model.linears(0).items()}
+    assert all(len(q.dequantize().unique()) <= 16 for q in alone.values())
+    quantize(model, grid, solver)
+    assert all(torch.equal(model.linears(0)[role].weight, q.dequantize()) for role, q in alone.items())
 
 
 def test_16_bits_change_nothing(tiny: Path) -> None:

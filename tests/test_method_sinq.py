@@ -20,6 +20,7 @@ from qfarm.models.load import LoadedModel
 from qfarm.quantized import ColumnScaled, UniformWeight, unpack_bits
 from qfarm.quantizer import Grid, relative_error
 from tests.conftest import TINY
+from tests.contract import threads
 from tests.test_models import loaded
 
 FINE = {"scale_dtype": torch.float32}
@@ -334,6 +335,17 @@ def test_refusals_and_broken_weights() -> None:
     broken[0, 3] = float("inf")
     with pytest.raises(NonFinite, match="NaN or Inf"):
         quantize(broken, 4, 16)
+
+
+@pytest.mark.parametrize("aware", [False, True])
+def test_neither_a_repeat_nor_the_number_of_threads_changes_a_bit(aware: bool) -> None:
+    weight, inputs = lognormal_columns(96, 512, seed=22)[0], activations(512, 23)
+    results = []
+    for count in (1, 2, 2):
+        with threads(count):
+            results.append(SINQ(activation_aware=aware).quantize_linear(weight, inputs, Grid(bits=4, group_size=64)))
+    packed = [result.packed() for result in results]
+    assert all(torch.equal(packed[0][name], other[name]) for other in packed[1:] for name in packed[0])
 
 
 WINDOWS = torch.randint(0, 256, (4, 32), generator=torch.manual_seed(0))

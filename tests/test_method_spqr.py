@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qfarm.calibrate import LayerResult, quantize_weights
-from qfarm.errors import NonFinite
-from qfarm.inputs import InputStatistics
+from qfarm.errors import InvalidInput, NonFinite
+from qfarm.inputs import Collector, InputStatistics
 from qfarm.methods.gptq import GPTQ, gptq
 from qfarm.methods.rtn import RTN
 from qfarm.methods.spqr import (
@@ -436,6 +436,100 @@ def test_worse_than_rtn_is_reported_or_replaced() -> None:
         and replaced.solver == "rtn"
         and "spqr was worse" in replaced.notes["reason"]
     )
+
+
+@pytest.mark.parametrize("budget", [4.05, 4.4, 6.0])
+def test_a_bit_budget_is_met_and_not_exceeded(budget: float) -> None:
+    weight, hessian = normal(128, 256, 60), correlated(256, 61)
+    inputs = statistics(hessian, normal(64, 256, 62))
+    grid = Grid(bits=3, group_size=16)
+    result = SpQR(target_bits=budget).quantize_linear(weight, inputs, grid)
+    assert budget - 0.02 <= 8 * result.stored_bytes() / weight.numel() <= budget
+    by_hand = SpQR(outlier_threshold=result.notes["outlier_threshold"]).quantize_linear(weight, inputs, grid)
+    assert torch.equal(result.dequantize(), by_hand.dequantize())
+    assert result.notes["outliers"] == by_hand.notes["outliers"] > 0
+
+
+def test_a_larger_budget_loses_less() -> None:
+    weight, inputs = normal(64, 128, 63), statistics(correlated(128, 64), normal(16, 128, 65))
+    grid = Grid(bits=2, group_size=32)
+    solver = [SpQR(target_bits=budget) for budget in (3.2, 3.6, 5.0)]
+    losses = [each.quantize_linear(weight, inputs, grid).notes["loss"] for each in solver]
+    assert losses == sorted(losses, reverse=True) and losses[2] < 0.7 * losses[0]
+
+
+def test_a_budget_beyond_every_outlier_or_below_none() -> None:
+    weight, inputs = normal(16, 32, 66), statistics(torch.eye(32), normal(4, 32, 67))
+    grid = Grid(bits=3, group_size=16)
+    everything = SpQR(target_bits=60.0).quantize_linear(weight, inputs, grid)
+    assert everything.notes["outliers"] > 0.99 and 8 * everything.stored_bytes() / weight.numel() < 60
+    with pytest.raises(
+        InvalidInput, match=r"target_bits 3 is less than a layer of 16 x 32 takes without outliers, 6.688"
+    ):
+        SpQR(target_bits=3.0).quantize_linear(weight, inputs, grid)
+    assert "set one of them" in str(SpQR(target_bits=4.0, outlier_threshold=0.3).refusal(16, False))
+    assert SpQR(target_bits=4.0).refusal(16, False) is None
+    assert "target_bits" not in SpQR().identity() and SpQR(target_bits=4.0).identity()["target_bits"] == 4.0
+
+
+@pytest.mark.parametrize("order", ["act_order", "spearman"])
+def test_layers_that_share_an_input_share_a_factor_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, order: Any
+) -> None:
+    factored: list[Tensor] = []
+
+    def count(hessian: Tensor, *rest: Any) -> Any:
+        factored.append(hessian)
+        return factorise(hessian, *rest)
+
+    monkeypatch.setattr("qfarm.methods.spqr.factorise", count)
+    heights = (("q", 24), ("k", 10), ("v", 10))  # 16 divides none of them
+    weight = torch.cat([normal(rows, 64, 68 + rows) * rows for _, rows in heights])
+    inputs = statistics(correlated(64, 69), normal(32, 64, 70))
+    grid = Grid(bits=3, group_size=16)
+    whole = SpQR(order=order).quantize_linear(weight, dataclasses.replace(inputs, roles=heights), grid)
+    assert len(factored) == (1 if order == "act_order" else 3) and whole.shape == (44, 64) and whole.bits == 3
+    start = 0
+    for _, rows in heights:
+        alone = SpQR(order=order).quantize_linear(weight[start : start + rows], inputs, grid)
+        part = whole.row_range(start, start + rows)
+        assert torch.equal(part.dequantize(), alone.dequantize()) and part.notes == alone.notes
+        assert part.stored_bytes() == alone.stored_bytes()
+        start += rows
+    assert whole.stored_bytes() == sum(t.numel() * t.element_size() for t in whole.packed().values())
+    assert torch.equal(whole.row_range(24, 30).dequantize(), whole.dequantize()[24:30])
+    with pytest.raises(ValueError, match="several layers"):
+        whole.row_range(20, 30)
+
+
+def test_a_hessian_that_cannot_be_factored_leaves_rtn_and_says_so() -> None:
+    hopeless = torch.full((16, 16), 10.0).fill_diagonal_(1.0)
+    weight, grid = normal(4, 16, 71), Grid(bits=3, group_size=8)
+    result = SpQR(damping=0.01).quantize_linear(weight, statistics(hopeless, torch.eye(16)), grid)
+    assert result.solver == "rtn" and "factored" in result.notes["reason"]
+    assert torch.equal(result.dequantize(), grid.quantize(weight).dequantize())
+    with pytest.raises(NonFinite, match="calibration"):
+        SpQR().quantize_linear(weight, statistics(torch.full((16, 16), torch.nan), torch.eye(16)), grid)
+
+
+def test_threads_change_ties_at_most() -> None:
+    """LAPACK sums in an order that depends on the number of threads, so that U differs in the last bits of float64."""
+    generator = torch.manual_seed(72)
+    weight, x = torch.randn(96, 384, generator=generator), torch.randn(1024, 384, generator=generator)
+    x = x @ torch.randn(384, 384, generator=generator)
+    before, grid = torch.get_num_threads(), Grid(bits=3, group_size=32)
+    results = []
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            collector = Collector(SpQR().statistics(), tokens=1024)
+            collector.add(x)
+            results.append(SpQR().quantize_linear(weight, collector.result(), grid).dequantize())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[1], results[2])  # the same number of threads: the same bits
+    changed = (results[0] - results[1]).abs() > 1e-6
+    assert float(changed.float().mean()) < 1e-3
 
 
 def test_nonfinite_weights_and_statistics_are_errors() -> None:

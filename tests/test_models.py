@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,22 @@ def test_replaced_weights_are_restored_to_the_bit(tiny: Path) -> None:
     assert torch.equal(model.body(ids), before)
     model.restore()  # nothing left to do
     assert torch.equal(model.body(ids), before)
+
+
+def test_only_originals_are_kept_and_what_is_temporary_goes(tiny: Path) -> None:
+    model = loaded(tiny)
+    linear = model.linears(0)["up"]
+    original = linear.weight
+    model.replace_weight(linear, torch.zeros_like(original))
+    between = weakref.ref(linear.weight)
+    model.replace_weight(linear, torch.ones_like(original))
+    assert between() is None, "what a transform made costs no memory once a solver has replaced it"
+    with pytest.raises(RuntimeError), model.temporary():
+        model.replace_weight(linear, torch.full_like(original, 2))
+        raise RuntimeError
+    assert torch.equal(linear.weight, torch.ones_like(original))
+    model.restore()
+    assert linear.weight is original
 
 
 def test_bytes_and_counts(tiny: Path) -> None:

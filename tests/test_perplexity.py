@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qfarm import cache
-from qfarm.errors import DataError, NonFinite
-from qfarm.evaluate.perplexity import HIDDEN, Perplexity, _score_chunk
+from qfarm import cache, divergence, predictions
+from qfarm.divergence import histogram_counts, histogram_quantile
+from qfarm.errors import DataError, InvalidInput, NonFinite
+from qfarm.evaluate import build_evaluator, eval_id
+from qfarm.evaluate.perplexity import Perplexity, Stop, _Gambler
 from qfarm.matrix import Cell
 from qfarm.models.load import LoadedModel
 from qfarm.models.reference import resolve
+from qfarm.predictions import HIDDEN
 from qfarm.record import Metric
 from qfarm.worker import Session
+from tests.test_text import write_pack
 
 OPTIONS: dict[str, Any] = {"text": "python-docs", "length": 64, "windows": 40}
 
@@ -131,17 +136,11 @@ def test_divergence_equals_its_definition(session: Session, tiny: Path) -> None:
     assert sum(d.lost for d in documents) == int((right_before & ~right_after).sum())
 
 
-def test_chunk_formulas_survive_large_logits() -> None:
-    logits, before = 1e3 * torch.randn(4, 50), 1e3 * torch.randn(4, 50)
-    out = _score_chunk(logits.clone(), torch.zeros(4, dtype=torch.long), before.clone())
-    assert all(torch.isfinite(value).all() for value in out.values()) and (out["kl"] >= 0).all()
-
-
 def test_few_clusters_give_a_value_without_an_error(session: Session) -> None:
     few, documents = run(session, windows=2)
     assert len({d.cluster for d in documents}) < 10
     assert few["perplexity"].standard_error is None and few["perplexity"].low is None
-    many, documents = run(session, length=256, windows=None)
+    many, documents = run(session, length=256, windows=120)
     clusters = len({d.cluster for d in documents})
     assert clusters >= 10 and many["perplexity"].clusters == clusters
     low, high = many["perplexity"].low, many["perplexity"].high
@@ -188,3 +187,204 @@ def test_without_divergence_no_baseline_is_needed(session: Session, tiny: Path) 
 def test_text_shorter_than_a_window_is_refused(session: Session) -> None:
     with pytest.raises(DataError, match="fewer than one window"):
         run(session, length=10_000_000)
+
+
+# -- order and early end ----------------------------------------------------------------------------------------------
+
+
+def test_results_do_not_depend_on_the_order_of_the_windows(
+    session: Session, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit-equal to the text's order, the kept hidden states included."""
+    options = {"length": 50, "windows": 123}  # batches of 40 windows, the last of 3
+    visited: list[list[int]] = []
+    results, states = [], []
+    real = predictions.hidden_states
+
+    def watched(session: Session, windows: Any, batch: range, spans: Any) -> Any:
+        visited[-1].append(batch.start)
+        return real(session, windows, batch, spans)
+
+    monkeypatch.setattr("qfarm.evaluate.perplexity.hidden_states", watched)
+    for evaluation, order in (("one", None), ("another", None), ("text", lambda _, count: range(count))):
+        if order:
+            monkeypatch.setattr(predictions, "shared_order", order)
+        visited.append([])
+        session.evaluation = evaluation
+        results.append(run(session, **options))
+        (file,) = (cache.root() / HIDDEN).iterdir()
+        states.append(file.read_bytes())
+    assert sorted(visited[0]) == visited[2] == list(range(0, 123, 40))
+    assert len({tuple(each) for each in visited}) == 3, "the order must depend on the evaluation"
+    assert results[0] == results[1] == results[2] and states[0] == states[1] == states[2]
+
+
+def spoil(session: Session, factor: float) -> None:
+    """A head whose predictions are confident and wrong."""
+    head = session.loaded.head
+    session.loaded.replace_weight(head, -factor * head.weight)
+
+
+def test_a_hopeless_cell_is_stopped_and_says_on_what(session: Session, tiny: Path) -> None:
+    options: dict[str, Any] = {"length": 256, "windows": 128, "stop": {"above": 2.0}}
+    session.evaluation = "some eval_id"
+    baseline, _ = run(session, **options)
+    assert baseline["perplexity"].stopped_early is None
+    as_quantized(session, tiny)
+    spoil(session, 10.0)
+    metrics, documents = run(session, **options)
+    seen = {document.window for document in documents}
+    assert 0 < len(seen) < 128 and len(seen) % 8 == 0
+    assert {m.stopped_early for m in metrics.values()} == {len(seen)} == {m.n for m in metrics.values()}
+    mean = sum(d.loss for d in documents) / sum(d.tokens for d in documents)
+    assert metrics["perplexity"].value == pytest.approx(math.exp(mean))
+    assert (metrics["perplexity"].low is None) == (metrics["perplexity"].clusters < 10)
+    whole, every = run(session, length=256, windows=128)
+    assert whole["perplexity"].stopped_early is None and {d.window for d in every} == set(range(128))
+    kept = {d.document: d for d in every}
+    assert all(kept[d.document] == d for d in documents)  # what was seen is what a whole run says of it
+
+
+def test_a_good_cell_runs_to_its_end(session: Session, tiny: Path) -> None:
+    options: dict[str, Any] = {"length": 128, "windows": 80, "stop": {"above": 2.0, "alpha": 0.5}}
+    run(session, **options)
+    as_quantized(session, tiny)
+    metrics, documents = run(session, **options)
+    assert metrics["perplexity"].stopped_early is None and metrics["perplexity"].n == 80
+
+
+def test_a_smaller_last_batch_counts_by_its_windows() -> None:
+    """Two batches of four windows and one of two: their sums against ten windows' limit."""
+    gambler = _Gambler(Stop(above=math.exp(0.6)), [range(4), range(8, 10), range(4, 8)])
+    assert gambler.test.n == 3 and gambler.test.limit == pytest.approx(0.6 * 10 / 12)
+    ones = {"loss": np.full(5, 1.5), "baseline_loss": np.full(5, 0.5)}
+    gambler.hopeless([ones] * 4)
+    assert gambler.test.mean == pytest.approx(1.0)
+    gambler.hopeless([ones] * 2)
+    assert gambler.test.mean == pytest.approx((1.0 + 0.5) / 2)
+
+
+def test_two_texts_in_one_session_keep_their_own_window_counts(session: Session, tmp_path: Path) -> None:
+    """The published loop counts the first text's windows and uses the number for the second."""
+    (tmp_path / "short.txt").write_text("word " * 100)  # 500 bytes and two newlines
+    short, _ = run(session, text=str(tmp_path / "short.txt"), windows=None)
+    long, _ = run(session, windows=90)
+    again, _ = run(session, text=str(tmp_path / "short.txt"), windows=None)
+    assert [m["perplexity"].n for m in (short, long, again)] == [501 // 64, 90, 501 // 64]
+
+
+# -- identity and options ---------------------------------------------------------------------------------------------
+
+
+def identity(**options: Any) -> tuple[str, dict[str, Any]]:
+    protocol = Perplexity(**options).protocol("tokenizer", "bfloat16", lambda name, part: "hash")
+    return eval_id(protocol), protocol
+
+
+def test_earlier_evaluations_keep_their_identity() -> None:
+    found, protocol = identity(text="wikitext2")
+    assert protocol == {
+        "evaluator": "perplexity",
+        "version": 1,
+        "options": {"text": "wikitext2", "length": 2048, "windows": None, "divergence": True},
+        "texts": {"wikitext2/evaluation": "hash"},
+        "tokenizer": "tokenizer",
+        "dtype": "bfloat16",
+        "run": "fake",
+    }
+    assert found == eval_id(protocol)
+    others = [
+        {"convention": "word"},
+        {"stop": {"above": 2.0}},
+        {"stop": {"above": 2.0, "alpha": 0.001}},
+        {"windows": 9},
+    ]
+    assert len({found, *(identity(text="wikitext2", **options)[0] for options in others)}) == 5
+
+
+def test_options_build_the_same_evaluator_again() -> None:
+    for options in ({"stop": {"above": 2.0}, "windows": 7}, {"convention": "word", "documents": 3}, {}):
+        made = build_evaluator("perplexity", {"text": "wikitext2", **options})
+        assert build_evaluator("perplexity", json.loads(json.dumps(made.options()))) == made
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"convention": "word", "windows": 3}, "convention word takes `documents`, not `windows`"),
+        ({"convention": "word", "stop": {"above": 2.0}}, "no `stop`"),
+        ({"documents": 3}, "`documents` needs convention: word"),
+        ({"stop": {"above": 2.0}, "divergence": False}, "`stop` compares with the baseline"),
+        ({"stop": {"above": 1.0}}, "greater than 1"),
+        ({"stop": {"above": 2.0, "alpha": 1.0}}, "less than 1"),
+        ({"stop": {"above": 2.0, "beyond": 2.0}}, "beyond"),
+        ({"stop": {"alpha": 0.1}}, 'stop: the option "above" is missing'),
+        ({"convention": "token"}, "'windows' or 'word'"),
+        ({"text": {"hub": "a/b"}}, "keys hub; give"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message) as caught:
+        build_evaluator("perplexity", {"text": "python-docs", **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_where_a_file_lies_is_no_part_of_the_protocol(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.txt").write_text("text")
+    (one, protocol), (other, _) = (identity(text=str(tmp_path / folder / "mine.txt")) for folder in ("a", "b"))
+    assert one == other and protocol["texts"] == {"file:mine.txt/evaluation": "hash"}
+    assert protocol["options"]["text"] == "file:mine.txt"
+    assert Perplexity(text=str(tmp_path / "a" / "mine.txt")).options()["text"] == f"file:{tmp_path}/a/mine.txt"
+
+
+# -- quantiles --------------------------------------------------------------------------------------------------------
+
+
+def test_quantiles_of_token_kl(session: Session, tiny: Path) -> None:
+    options: dict[str, Any] = {"length": 256, "windows": 60}
+    run(session, **options)
+    as_quantized(session, tiny)
+    for linear in session.loaded.linears(0).values():
+        session.loaded.replace_weight(linear, linear.weight + 0.1 * torch.randn_like(linear.weight))
+    metrics, documents = run(session, **options)
+    median, top = metrics["kl_median"], metrics["kl_p99"]
+    assert 0 < median.value < metrics["kl"].value < top.value and median.standard_error is None
+    counts = sum(histogram_counts(d.kl_histogram) for d in documents)
+    assert counts.sum() == sum(d.tokens for d in documents) == 60 * 255
+    for metric, q in ((median, 0.5), (top, 0.99)):
+        assert histogram_quantile(counts, q) == pytest.approx(metric.value, rel=0.09)
+        assert metric.clusters < 20 or metric.low < metric.value < metric.high
+        assert (metric.low is None) == (metric.clusters < 20)
+
+
+def test_a_negative_kl_is_a_bug(session: Session, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(session)
+    as_quantized(session, tiny)
+    real = divergence.score
+    shift = -1e-3
+
+    def wrong(*args: Any) -> Any:
+        out = real(*args)
+        return out | {"kl": out["kl"] + shift}
+
+    monkeypatch.setattr(divergence, "score", wrong)
+    with pytest.raises(ArithmeticError, match="^perplexity python-docs 64 x40: kl of window 0 is -0.001 nats"):
+        run(session)
+    shift = -1e-5
+    run(session)
+    assert "rounding; kept" in session.notes[0] and f"KL of {40 * 63} tokens" in session.notes[0]
+
+
+# -- drawn windows ----------------------------------------------------------------------------------------------------
+
+
+def test_few_long_documents_are_counted_and_give_no_interval(session: Session, tmp_path: Path) -> None:
+    documents = ["x y " * 40] * 2 + ["z" * 101, "w" * 100, *("short" for _ in range(30))]
+    session.data = write_pack(tmp_path, documents, {"path": "allenai/c4", "name": "en"}, "validation")
+    metrics, ledger = run(session, text="c4", length=100, windows=None)
+    assert metrics["perplexity"].n == 256 and metrics["perplexity"].clusters == 2 == len({d.cluster for d in ledger})
+    assert metrics["eligible_documents"].value == 3 and metrics["eligible_documents"].n == 34
+    for metric in metrics.values():
+        assert metric.low is None and metric.standard_error is None

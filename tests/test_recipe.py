@@ -11,7 +11,21 @@ import pytest
 from pydantic.dataclasses import dataclass
 
 from qfarm.errors import InvalidInput
-from qfarm.recipe import STRICT, Method, Recipe, Stage, Wrapper, build_method, lookup, method_names, parse_recipe
+from qfarm.recipe import (
+    STRICT,
+    ActivationMethod,
+    CacheMethod,
+    Method,
+    Recipe,
+    Stage,
+    Transform,
+    WeightSolver,
+    Wrapper,
+    build_method,
+    lookup,
+    method_names,
+    parse_recipe,
+)
 from tests.job_example import changed, labels, matrix
 
 
@@ -32,6 +46,7 @@ def _third_party(monkeypatch: pytest.MonkeyPatch) -> None:
     modules = [
         method("turn", Method, stage=Stage.TRANSFORM),
         method("tuck", Method, stage=Stage.CACHE, claims=frozenset({"kv_cache"})),
+        method("tuck2", Method, stage=Stage.CACHE, claims=frozenset({"kv_cache"})),
         method("patch", Wrapper),
         method("hidden", Method, stage=Stage.TRANSFORM),
     ]
@@ -104,11 +119,33 @@ def test_chains_written_in_another_order_are_the_same_cells() -> None:
 
 def test_a_cache_needs_a_scheme_with_a_cache() -> None:
     found = matrix(changed(methods="[gptq+tuck, turn]", bits="[w4kv4, w4]"))
-    assert labels(found) == ["gptq+tuck w4kv4 g64", "turn w4 g64"]
+    assert labels(found) == ["gptq+tuck w4kv4 g64", "turn w4kv4 g64", "turn w4 g64"]
     assert [(invalid.label, invalid.rule) for invalid in found.invalid] == [
         ("gptq+tuck w4 g64", "gptq+tuck quantizes kv_cache, which w4 leaves at 16 bits"),
-        ("turn w4kv4 g64", "w4kv4 quantizes kv_cache, which no method of turn does"),
     ]
+    # What nobody claims is rounded to nearest, and the identity says by which version of the rules.
+    rounded = {cell.label: dict(cell.rounded) for cell in found.cells}
+    assert rounded["gptq+tuck w4kv4 g64"] == {} and rounded["turn w4kv4 g64"] == {"kv_cache": 1, "weight": 1}
+
+
+def test_a_site_has_one_quantizer() -> None:
+    with pytest.raises(InvalidInput, match="^tuck\\+tuck2: tuck and tuck2 both quantize kv_cache; a site has one"):
+        parse_recipe("tuck+tuck2")
+
+
+def test_a_method_that_does_several_things_claims_them_all_and_stands_where_its_first_stage_does() -> None:
+    class Both(ActivationMethod, WeightSolver):
+        pass
+
+    class Quiet(Both):
+        claims = frozenset({"weight"})
+
+    class All(CacheMethod, Transform, ActivationMethod):
+        pass
+
+    assert Both.claims == {"weight", "linear_in"} and Both.stage is Stage.WEIGHTS
+    assert Quiet.claims == {"weight"} and Quiet.stage is Stage.WEIGHTS
+    assert All.claims == {"linear_in", "kv_cache"} and All.stage is Stage.TRANSFORM
 
 
 def test_a_group_size_means_nothing_without_weights() -> None:

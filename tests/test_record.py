@@ -10,7 +10,7 @@ import pytest
 
 from qfarm import record
 
-SUPPORTED = {str, int, float, bool}
+SUPPORTED = {str, bytes, int, float, bool, list[float]}
 # Numbers without a unit in the metadata: names, counts, sizes in weights; `_s` and `_bytes` say theirs in the name.
 UNITLESS = {
     "cells": {"group_size", "seed", "layers_quantized", "layers_skipped"},
@@ -21,17 +21,17 @@ UNITLESS = {
 }
 COLUMNS = {
     "cells": "cell_id attempt_id job model fingerprint recipe scheme group_size seed symmetric scale_dtype dtype "
-    "statistics spec linear_bits model_bits linear_bytes model_bytes layers_quantized layers_skipped created",
+    "statistics spec linear_bits model_bits linear_bytes model_bytes layers_quantized layers_skipped kv_bits causal created",
     "attempts": "attempt_id cell_id model label job number evaluations outcome stage error traceback worker node "
     "started wall_s stages peak_host_bytes peak_gpu_bytes notes provenance",
-    "metrics": "metric value unit better n clusters standard_error low high cell_id eval_id attempt_id evaluation "
-    "protocol created",
-    "documents": "document cluster window tokens loss correct answer agree lost gained kl kl_reverse baseline_loss "
-    "cell_id eval_id",
+    "metrics": "metric value unit better n clusters standard_error low high stopped_early cell_id eval_id attempt_id "
+    "evaluation protocol created",
+    "documents": "document cluster window tokens loss correct answer choices task agree lost gained kl kl_reverse "
+    "baseline_loss kl_histogram elements zeroed zeros cell_id eval_id",
     "layers": "cell_id layer role module rows columns solver reason bits group_size stored_bytes weight_error "
     "output_error notes",
 }
-SAMPLES = {str: "text", int: 3, float: 0.25, bool: True}
+SAMPLES = {str: "text", bytes: b"\x00\xff", int: 3, float: 0.25, bool: True, list[float]: [0.5, -1.0]}
 
 
 def parts_of(hint: object) -> set[object]:
@@ -58,7 +58,8 @@ def test_annotations_are_a_supported_type_or_that_type_and_none(table: str) -> N
 @pytest.mark.parametrize("table", record.TABLES)
 def test_schema_follows_the_dataclass(table: str) -> None:
     hints = typing.get_type_hints(record.TABLES[table])
-    arrow = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    arrow = {str: pa.string(), bytes: pa.binary(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    arrow |= {list[float]: pa.list_(pa.float64())}
     for field in record.schema(table):
         assert field.type == arrow[next(iter(parts_of(hints[field.name]) - {types.NoneType}))], field.name
         assert field.nullable == (types.NoneType in parts_of(hints[field.name])), field.name

@@ -59,7 +59,7 @@ def test_the_same_number_reads_the_same_everywhere():
     assert line.split() == " ".join(cells).split()
     assert "%*" in line
     headings = " ".join(terminal.splitlines()[1].split())
-    assert "right flips lost gained KL back model bits time cell" in headings
+    assert "right flips lost gained KL back model bits Pareto time cell" in headings
 
 
 def test_markdown_tables_are_whole():

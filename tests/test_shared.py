@@ -18,7 +18,7 @@ from qfarm.methods.rtn import RTN
 from qfarm.models.load import LoadedModel
 from qfarm.plan import shares
 from qfarm.quantizer import Grid
-from qfarm.recipe import BlockSolver, WeightSolver, Wrapper, build_method, method_names
+from qfarm.recipe import WeightSolver, Wrapper, build_method, method_names, solves_blocks
 from qfarm.shared import SharedStatistics
 from qfarm.walk import BATCH_TOKENS
 from tests import job_example
@@ -26,20 +26,23 @@ from tests.test_calibrate import WINDOWS, weights
 from tests.test_models import loaded
 
 EVERYTHING = frozenset(Statistic)
+# By default AWQ runs modules of a block, and walks the model itself.
+OPTIONS: dict[str, dict[str, Any]] = {"awq": {"objective": "gram"}}
 
 
 def asking() -> list[str]:
     """Methods that learn from statistics."""
-    methods = [build_method(name, {}) for name in method_names()]
+    methods = [build_method(name, OPTIONS.get(name, {})) for name in method_names()]
     return [
         method.name
         for method in methods
-        if isinstance(method, WeightSolver | Wrapper) and not isinstance(method, BlockSolver) and method.statistics()
+        if isinstance(method, Wrapper) or isinstance(method, WeightSolver) and not solves_blocks(method)
+        if method.statistics()
     ]
 
 
 def quantize(model: LoadedModel, name: str, statistics: SharedStatistics | None, **options: Any) -> list[Any]:
-    method = build_method(name, {})
+    method = build_method(name, OPTIONS.get(name, {}))
     method = method.resolve(16)
     solver, wrappers = (method, ()) if isinstance(method, WeightSolver) else (RTN(), (method,))
     grid = Grid(bits=4, group_size=16)
@@ -65,7 +68,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[LoadedModel], l
             def hook(*_: Any, index: int = index) -> None:
                 runs[index] += 1
 
-            block.register_forward_hook(hook)
+            block.register_forward_pre_hook(hook)
         return runs
 
     yield watch
@@ -184,7 +187,7 @@ def planned(**values: str | None) -> dict[str, tuple[str, ...]]:
 
 
 def test_cells_of_one_calibration_share_the_union_of_what_they_ask_for() -> None:
-    found = planned(methods="[rtn, gptq, awq]", statistics="independent")
+    found = planned(methods="[rtn, gptq, {awq: {objective: gram}}]", statistics="independent")
     assert len(found) == 2 and not any(label.startswith("rtn") for label in found)
     (union,) = set(found.values())
     asked = build_method("gptq", {}).statistics() | build_method("awq", {}).statistics()  # type: ignore[attr-defined]
@@ -192,8 +195,9 @@ def test_cells_of_one_calibration_share_the_union_of_what_they_ask_for() -> None
 
 
 def test_what_does_not_share() -> None:
-    assert planned(methods="[gptq, awq]", statistics="sequential") == {}
+    assert planned(methods="[gptq, {awq: {objective: gram}}]", statistics="sequential") == {}
     assert planned(methods="[gptq]", statistics="independent") == {}
     assert planned(methods="[gptq, autoround]", statistics="independent") == {}
+    assert planned(methods="[gptq, awq]", statistics="independent") == {}
     assert planned(methods="[gptq]", seeds="[0, 1]", statistics="independent") == {}
-    assert len(planned(methods="[gptq, awq]", seeds="[0, 1]", statistics="independent")) == 4
+    assert len(planned(methods="[gptq, {awq: {objective: gram}}]", seeds="[0, 1]", statistics="independent")) == 4

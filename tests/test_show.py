@@ -102,7 +102,7 @@ def test_show_a_cell_that_never_finished(small):
 def test_show_refuses_what_names_no_cell_or_several(small):
     with pytest.raises(InvalidInput) as unknown:
         show(small.store, "zz\n[red]")
-    assert str(unknown.value).startswith('"zz [red]" names no cell of this store; cells: 1111111111111111 (gptq w4 of ')
+    assert str(unknown.value).startswith('"zz [red]" names no cell of this store; cells: 1111111111111111 (gptq w4 g64 of ')
     assert f"{FAILED} (never finished)" in str(unknown.value)
     with pytest.raises(InvalidInput, match=r'^"" names 4 cells; cells: ') as ambiguous:
         show(small.store, "")

@@ -17,7 +17,18 @@ import pytest
 import yaml
 
 from qfarm.errors import DataError, Unavailable
-from qfarm.text import MAX_DOCUMENT, MIN_SHARED_PARAGRAPH, NAMES, Part, load_text, text_hash
+from qfarm.text import (
+    MAX_DOCUMENT,
+    MIN_SHARED_PARAGRAPH,
+    NAMES,
+    Part,
+    absolute,
+    check_name,
+    load_text,
+    public_name,
+    reference,
+    text_hash,
+)
 
 WIKITEXT = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}
 C4 = {"path": "allenai/c4", "name": "en"}
@@ -284,7 +295,7 @@ def test_what_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"text": ["a", "b"]}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("qfarm.text._hub_commit", lambda source: "commit")
+    monkeypatch.setattr("qfarm.sources.hub_commit", lambda source, name: "commit")
     assert load_text("wikitext2", "evaluation", None).documents == ("a\n\nb",)
     assert load_text("c4", "calibration", None).documents == ("a", "b")
     assert asked == [
@@ -310,9 +321,159 @@ def test_c4_of_the_hub_is_known_by_its_commit_with_or_without_a_network(
     assert text_hash("c4", "evaluation", None) == "hub:allenai/c4@commit:en/c4-validation.00000-of-00008.json.gz"
 
 
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "documents"),
+    [
+        ("one\nline two\n\n  \nsecond\n", ["one\nline two", "second"]),
+        ("a\n\nstill a\n<|endoftext|>\nb\n<|endoftext|>\n", ["a\n\nstill a", "b"]),
+        ("says <|endoftext|> inside\n\nb", ["says <|endoftext|> inside", "b"]),
+        ("one", ["one"]),
+    ],
+)
+def test_documents_of_a_plain_text(tmp_path: Path, content: str, documents: list[str]) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(content)
+    for name in (str(path), f"file:{path}"):
+        text = load_text(name, "evaluation", None)
+        assert text.stream and text.documents == tuple(f"{document}\n\n" for document in documents)
+
+
+def test_rows_of_a_file_are_documents(tmp_path: Path) -> None:
+    rows = ["a\n\nb", "", "c"]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pa.table({"text": rows}), tmp_path / "mine.parquet")
+    for name in ("mine.jsonl", "mine.parquet"):
+        assert load_text(str(tmp_path / name), "evaluation", None).documents == ("a\n\nb\n\n", "c\n\n")
+
+
+def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("same")
+    a, b = str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
+    assert text_hash(a, "evaluation", None) == f"sha256:{hashlib.sha256(b'same').hexdigest()}"
+    assert text_hash(a, "evaluation", None) == text_hash(b, "calibration", None)
+    assert public_name(a) == "file:a.txt" and absolute(a) == f"file:{a}" and public_name("c4") == absolute("c4") == "c4"
+
+
+def test_a_relative_file_is_found_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute("mine.txt") == f"file:{tmp_path}/mine.txt"
+
+
+def test_files_that_are_no_text(tmp_path: Path) -> None:
+    def refusal(name: str) -> str:
+        with pytest.raises(DataError) as caught:
+            text_hash(str(tmp_path / name), "evaluation", None)
+        return str(caught.value).replace(str(tmp_path), "DIR")
+
+    (tmp_path / "empty.txt").write_text(" \n\n ")
+    (tmp_path / "rows.jsonl").write_text('{"body": "a"}\n')
+    (tmp_path / "folder.txt").mkdir()
+    assert refusal("gone.txt") == refusal("folder.txt").replace("folder", "gone") == 'text "DIR/gone.txt": no such file'
+    assert refusal("empty.txt") == 'text "DIR/empty.txt": holds no document'
+    assert refusal("rows.jsonl") == "DIR/rows.jsonl: cannot read its text column: KeyError: 'text'"
+
+
+# -- data sets of the hub ---------------------------------------------------------------------------------------------
+
+SET = "hub:org/set/config:test:body"
+
+
+def test_forms_of_a_hub_data_set() -> None:
+    assert reference({"hub": "org/set", "config": "config", "split": "test", "column": "body"}) == SET
+    assert reference({"hub": "org/set", "split": "test"}) == "hub:org/set:test:text"
+    assert reference({"file": "a.txt"}) == "file:a.txt" and reference("c4") == "c4"
+    for wrong in ("hub:set:test:text", "hub:org/set:test", "hub:org/set/a/b:test:text", "hub:"):
+        with pytest.raises(DataError, match="is not of the form hub:OWNER/NAME"):
+            check_name(wrong)
+    with pytest.raises(DataError, match="^text: keys hub, part; give"):
+        reference({"hub": "org/set", "part": "test"})
+
+
+def test_a_hub_data_set_of_a_pack(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
+    index(tmp_path, [{"path": "org/set", "name": "config", "splits": {"test": "rows.jsonl"}}])
+    text = load_text(SET, "evaluation", str(tmp_path))
+    assert text.stream and text.documents == ("one\n\n", "two\n\n")
+    digest = hashlib.sha256((tmp_path / "rows.jsonl").read_bytes()).hexdigest()
+    assert text_hash(SET, "evaluation", str(tmp_path)) == f"sha256:{digest}:body"
+
+
+class FakeHub:
+    """What `datasets` and the hub's client answer about one data set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import datasets
+        import huggingface_hub
+
+        self.asked: list[Any] = []
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_: SimpleNamespace(sha="commit"))
+        monkeypatch.setattr(datasets, "load_dataset_builder", self.builder)
+        monkeypatch.setattr(datasets, "load_dataset", self.load)
+
+    def builder(self, path: str, name: str | None, revision: str) -> Any:
+        if name != "config":
+            raise ValueError(f"BuilderConfig '{name}' not found. Available: ['config']")
+        return SimpleNamespace(info=SimpleNamespace(splits={"train": 1, "test": 2}, features={"body": 1, "label": 2}))
+
+    def load(self, path: str, **options: Any) -> Any:
+        self.asked.append((path, options))
+        return pa_dataset({"body": ["one", "two"]})
+
+
+def pa_dataset(columns: dict[str, list[str]]) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_dict(columns)
+
+
+def test_a_hub_data_set_is_known_by_its_commit_and_read_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = FakeHub(monkeypatch)
+    assert text_hash(SET, "evaluation", None) == "hub:org/set@commit:config:test:body"
+    assert load_text(SET, "evaluation", None).documents == ("one\n\n", "two\n\n")
+    assert hub.asked == [("org/set", {"split": "test", "name": "config", "revision": "commit"})]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hub:org/set/config:tests:body", 'no split "tests", did you mean "test"? known: test, train'),
+        ("hub:org/set/config:test:text", 'no column "text"; known: body, label'),
+        ("hub:org/set/other:test:body", "ValueError: BuilderConfig 'other' not found. Available: ['config']"),
+    ],
+)
+def test_a_hub_data_set_is_checked_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    FakeHub(monkeypatch)
+    with pytest.raises(DataError) as caught:
+        text_hash(name, "evaluation", None)
+    assert str(caught.value) == f"{name}: {message}"
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_hub_that_cannot_be_reached() -> None:
+    with pytest.raises(Unavailable, match="^text .hub:org/set/config:test:body. .org/set, config, test. is neither in"):
+        text_hash(SET, "evaluation", None)
+
+
+def test_c4_new_is_for_evaluation(tmp_path: Path) -> None:
+    pack = write_pack(tmp_path, ["a", "b"], C4, "validation")
+    assert text_hash("c4-new", "evaluation", pack) == text_hash("c4", "evaluation", pack)
+    assert load_text("c4-new", "evaluation", pack).documents == ("a ", "b")
+    for read in (load_text, text_hash):
+        with pytest.raises(DataError, match="^c4-new is an evaluation text; calibrate on c4$"):
+            read("c4-new", "calibration", pack)
+
+
 def test_an_unknown_text() -> None:
     for read in (load_text, text_hash):
-        with pytest.raises(DataError, match='^unknown text "wiki", did you mean "wikitext2"\\? known: c4, python-docs'):
+        with pytest.raises(
+            DataError, match='^unknown text "wiki", did you mean "wikitext2"\\? known: c4, c4-new, python-docs'
+        ):
             read("wiki", "evaluation", None)
 
 

@@ -14,7 +14,15 @@ from transformers import AutoTokenizer
 
 from qfarm.errors import DataError
 from qfarm.text import Text, load_text
-from qfarm.windows import DRAWN_WINDOWS, Windows, calibration_windows, evaluation_windows
+from qfarm.windows import (
+    DRAWN_WINDOWS,
+    Windows,
+    batches,
+    calibration_windows,
+    evaluation_windows,
+    rolling_windows,
+)
+from tests.test_text import write_pack
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +277,66 @@ def test_c4_of_the_pack_has_256_windows(tokenizer: Any, pack: str) -> None:
     windows = evaluation_windows(text, tokenizer, 2048, None)
     assert windows.ids.shape == (256, 2048)
     assert windows.ids[:8].tolist() == [i for i, _ in reference_draw(text.documents, tokenizer, 2048, 8, 0)]
+
+
+# -- rolling windows --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 15, 16, 17, 40])
+@pytest.mark.parametrize("reach", [1, 2, 8])
+def test_rolling_windows_are_lm_evals(tokenizer: Any, length: int, reach: int) -> None:
+    """The same tokens read, the same predicted, window by window."""
+    utils = pytest.importorskip("lm_eval.utils")
+    text = letters(length)
+    found = rolling_windows(stream(text), tokenizer, reach, None)
+    ids = tokenizer(text)["input_ids"]
+    theirs = [
+        utils.make_disjoint_window(pair)
+        for pair in utils.get_rolling_token_windows(ids, prefix_token=256, max_seq_len=reach, context_len=1)
+    ]
+    ours = [(row[: p.start].tolist(), row[p.start :].tolist()) for row, p in zip(found.rows, found.pieces, strict=True)]
+    assert [predicted for _, predicted in ours] == [continuation for _, continuation in theirs]
+    # lm-eval reads the last `reach` tokens before the last predicted one.
+    assert [(c + p)[:-1] for c, p in ours] == [(c + p)[-(reach + 1) :][:-1] for c, p in theirs]
+    assert all(piece.stop == len(row) for row, piece in zip(found.rows, found.pieces, strict=True))
+
+
+def test_rolling_windows_measure_each_document_once(tokenizer: Any) -> None:
+    text = stream("one two three", "", "vier fünf")
+    found = rolling_windows(text, tokenizer, 4, None)
+    assert found.documents == 2 and found.sizes == ((3, 13), (0, 0), (0, 0), (0, 0), (2, 10), (0, 0), (0, 0))
+    assert sum(p.stop - p.start for p in found.pieces) == 13 + 10  # one token per byte
+    assert len({p.cluster for p in found.pieces}) == 2
+    assert len(rolling_windows(text, tokenizer, 4, 1).rows) == 4
+
+
+def test_rolling_windows_need_something_to_start_from(tokenizer: Any, tiny: Path) -> None:
+    bare = AutoTokenizer.from_pretrained(tiny, bos_token=None, eos_token=None)
+    bare.bos_token = bare.eos_token = None
+    with pytest.raises(DataError, match="^stream: the tokenizer has neither BOS nor EOS"):
+        rolling_windows(stream("text"), bare, 4, None)
+    with pytest.raises(DataError, match="^stream: no tokens to predict$"):
+        rolling_windows(stream("", ""), tokenizer, 4, None)
+
+
+def test_batches_hold_neighbours_of_one_length() -> None:
+    rows = [torch.zeros(n, dtype=torch.long) for n in (4, 4, 4, 4, 4, 3, 3, 9, 9)]
+    assert [list(batch) for batch in batches(rows, 8)] == [[0, 1], [2, 3], [4], [5, 6], [7], [8]]
+    assert [len(batch) for batch in batches(rows[:5], 1)] == [1] * 5
+
+
+# -- c4-new -----------------------------------------------------------------------------------------------------------
+
+
+def test_c4_new_reads_1100_documents_and_256_windows(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [letters(20, i) for i in range(1200)]
+    pack = write_pack(tmp_path, rows, {"path": "allenai/c4", "name": "en"}, "validation")
+    whole = tokenizer(" ".join(rows[:1100]))["input_ids"]
+    few = evaluation_windows(load_text("c4-new", "evaluation", pack), tokenizer, 16, None)
+    assert few.ids.flatten().tolist() == whole[: 256 * 16]
+    all_of_it = evaluation_windows(load_text("c4-new", "evaluation", pack), tokenizer, 200, None)
+    assert all_of_it.ids.flatten().tolist() == whole[: len(whole) // 200 * 200]
+    assert len({piece.cluster for piece in all_of_it.pieces}) >= 1090
 
 
 # -- calibration ------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import pydantic
 from qfarm.errors import InvalidInput, nearest
 from qfarm.matrix import canonical_hash
 from qfarm.recipe import describe
+from qfarm.text import public_name
 
 if TYPE_CHECKING:
     from qfarm.record import Document, Metric
@@ -41,6 +42,13 @@ class Evaluator:
     @property
     def name(self) -> str:
         return type(self).__module__.rsplit(".", 1)[-1]
+
+    @classmethod
+    def expand(cls, options: object) -> list[Mapping[str, Any]]:
+        """What stands behind the name in a job, as the options of one evaluator each. Raises InvalidInput."""
+        if isinstance(options, Mapping):
+            return [options]
+        raise InvalidInput(f"expected an evaluation's name or {{name: options}}, got {reprlib.repr(options)}")
 
     @property
     def label(self) -> str:
@@ -71,17 +79,38 @@ class Evaluator:
     def run(self, session: Session, progress: Callable[[int, int], None]) -> Result:
         raise NotImplementedError
 
-    def protocol(self, tokenizer: str, dtype: str, text_hash: Callable[[str, Part], str]) -> dict[str, Any]:
-        """Everything two rows must agree on before they may be compared."""
+    def options(self) -> dict[str, Any]:
+        """Plain data from which a worker builds the evaluator again."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def reading_cache(self) -> dict[str, Any]:
+        """How a quantized KV cache is read (`LoadedModel.reading_cache`); evaluators that generate prefill in full.
+
+        It enters the protocol of cells that have one, and of no other; so does `kv_chunk`, an option of evaluators
+        that can read in chunks.
+        """
+        chunk = getattr(self, "kv_chunk", None)
+        return {"prefill": "quantized", "chunk": None} if chunk is None else {"prefill": "windowed", "chunk": chunk}
+
+    def protocol(
+        self, tokenizer: str, dtype: str, text_hash: Callable[[str, Part], str], *, kv: bool = False
+    ) -> dict[str, Any]:
+        """Everything two rows must agree on before they may be compared; kv: the cell's KV cache is quantized.
+
+        Where a file lies is no part of it; its name and its content are.
+        """
+        options = {name: value for name, value in self.options().items() if name != "kv_chunk"}
+        if isinstance(options.get("text"), str):
+            options["text"] = public_name(options["text"])
         return {
             "evaluator": self.name,
             "version": self.version,
-            "options": {field.name: getattr(self, field.name) for field in dataclasses.fields(self)},  # type: ignore[arg-type]
-            "texts": {f"{text}/{part}": text_hash(text, part) for text, part in self.texts()},
+            "options": options,
+            "texts": {f"{public_name(text)}/{part}": text_hash(text, part) for text, part in self.texts()},
             "tokenizer": tokenizer,
             "dtype": dtype,
             "run": "fake",  # fake quantization; kernels and packed weights measure speed and size instead
-        }
+        } | ({"kv": self.reading_cache()} if kv else {})
 
 
 def eval_id(protocol: Mapping[str, Any]) -> str:
@@ -92,22 +121,31 @@ def evaluator_names() -> list[str]:
     return sorted(info.name for info in pkgutil.iter_modules(__path__))
 
 
-def build_evaluator(name: str, options: Mapping[str, Any]) -> Evaluator:
+def evaluator_kind(name: str) -> type[Evaluator]:
+    """Raises InvalidInput for a name that no evaluator has."""
     if name not in evaluator_names():
         raise InvalidInput(f'unknown evaluation "{name}"{nearest(name, evaluator_names())}')
     kind: type[Evaluator] = importlib.import_module(f"qfarm.evaluate.{name}").EVALUATOR
+    return kind
+
+
+def build_evaluator(name: str, options: Mapping[str, Any]) -> Evaluator:
+    kind = evaluator_kind(name)
     try:
         return kind(**options)
     except pydantic.ValidationError as error:
         raise InvalidInput(f"{name}: {describe(error, [f.name for f in dataclasses.fields(kind)])}") from None  # type: ignore[arg-type]
 
 
-def parse_evaluation(entry: object) -> Evaluator:
-    """Read one entry of a job's `evaluate`: a name or {name: options}. Raises InvalidInput."""
+def parse_evaluation(entry: object) -> tuple[Evaluator, ...]:
+    """Read one entry of a job's `evaluate`: a name or {name: options}; some stand for several evaluations.
+
+    Raises InvalidInput.
+    """
     if isinstance(entry, str):
-        return build_evaluator(entry, {})
+        entry = {entry: None}
     if isinstance(entry, Mapping) and len(entry) == 1:
         name, options = next(iter(entry.items()))
-        if options is None or isinstance(options, Mapping):
-            return build_evaluator(str(name), options or {})
+        if options is None or isinstance(options, (Mapping, list)):
+            return tuple(build_evaluator(str(name), each) for each in evaluator_kind(str(name)).expand(options or {}))
     raise InvalidInput(f"expected an evaluation's name or {{name: options}}, got {reprlib.repr(entry)}")

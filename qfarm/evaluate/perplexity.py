@@ -1,63 +1,119 @@
-"""Perplexity on fixed windows, and how far the model has moved from its full-precision baseline.
+"""Perplexity, and how far the model has moved from its full-precision baseline.
 
-Perplexity is exp(mean cross entropy) over the predicted positions 1 .. length-1 of non-overlapping windows, each
-window read alone, without a KV cache, logits in float32 (the convention of the GPTQ papers; word-level perplexity of
-lm-eval is another number). All windows have one length, so the mean over tokens equals the mean of window means.
+Two conventions, which give different numbers and are never mixed:
+
+    windows   `perplexity`: exp(mean cross entropy) over the predicted positions 1 .. length-1 of non-overlapping
+              windows, each read alone, without a KV cache (GPTQ papers). All windows have one length, so the mean
+              over tokens equals the mean of window means.
+    word      `word_perplexity`, `byte_perplexity`, `bits_per_byte`: the log-likelihood of whole documents over their
+              words and bytes, in rolling windows of `length` tokens (lm-eval's task wikitext, detokenized like there).
+              lm-eval takes the model's whole context for `length` unless told otherwise.
+
+Logits are upcast to float32 in both; lm-eval's log-softmax stays in the model's dtype, so that it agrees to rounding
+for float32 models only.
 
 Divergence from the baseline is measured on the same tokens: KL(baseline || cell) and KL(cell || baseline), the share
 of positions whose most probable token agrees, and flips: right before and wrong now (lost), wrong before and right
-now (gained). Full logits are never stored: the baseline's final hidden states are kept in the cache and its output
-head is applied to them again.
+now (gained). The median and the 99 % quantile of token KL have Woodruff intervals.
 
 The ledger has one row per window and document, since a window of running text may span two articles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic.dataclasses import dataclass
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from qfarm import cache, stats
-from qfarm.errors import NonFinite
+from qfarm import divergence, stats
+from qfarm.betting import HopelessStop
+from qfarm.errors import InvalidInput, NonFinite
 from qfarm.evaluate import Evaluator, Result
-from qfarm.matrix import canonical_hash
-from qfarm.recipe import STRICT
+from qfarm.predictions import (
+    BaselineStates,
+    Columns,
+    Keeper,
+    Spans,
+    baseline_states,
+    hidden_states,
+    score,
+    visiting_order,
+)
+from qfarm.recipe import STRICT, describe
 from qfarm.record import Document, Metric
-from qfarm.text import Part, check_name
-from qfarm.windows import DRAWN_WINDOWS, Piece, Windows
+from qfarm.text import Part, absolute, public_name, reference
+from qfarm.windows import DRAWN_WINDOWS, Piece, Rolling, Windows
 
 if TYPE_CHECKING:
     from qfarm.worker import Session
 
-BATCH_TOKENS = 2048  # per forward pass; fixed, since the batch's shape can move the last bits of a loss
-# Elements of one chunk of float32 logits: on a CPU it should stay in the caches, a GPU wants few large kernels.
-LOGIT_BUDGET = {"cpu": 1 << 22, "cuda": 1 << 27}
-USUAL_WINDOWS = {"c4": DRAWN_WINDOWS}  # for estimates, where a text's length is not known yet
-HIDDEN = "hidden"  # cache folder of baselines' hidden states
+USUAL_WINDOWS = {"c4": DRAWN_WINDOWS, "c4-new": DRAWN_WINDOWS}  # for estimates, where a length is not known yet
+QUANTILES = (("kl_median", 0.5), ("kl_p99", 0.99))
+# Options that came later: left out of the protocol at these values, so that earlier results keep their identity.
+_LATER = {"convention": "windows", "documents": None, "stop": None, "kv_chunk": None}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Stop:
+    """End a cell whose perplexity is hopeless; a bounded share of cells at the limit is stopped wrongly."""
+
+    above: float = Field(gt=1, allow_inf_nan=False, description="times the baseline's perplexity")
+    alpha: float = Field(0.01, gt=0, lt=1, description="chance to stop a cell at the limit; for m cells take 0.01 / m")
+
+
+def _stop(value: object) -> object:
+    """A Stop from a job's mapping; raises InvalidInput. Anything else is left for the caller to refuse."""
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return Stop(**{str(key): option for key, option in value.items()})
+    except ValidationError as error:
+        raise InvalidInput(f"perplexity: stop: {describe(error, ['above', 'alpha'])}") from None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Perplexity(Evaluator):
-    text: str = Field(description="wikitext2, c4 or python-docs")
-    length: int = Field(2048, ge=2, description="tokens per window")
+    text: Annotated[str, BeforeValidator(reference)] = Field(
+        description="wikitext2, c4, c4-new, python-docs, a file or a data set of the hub"
+    )
+    length: int = Field(2048, ge=2, description="tokens per window; of rolling windows, the tokens read at once")
     windows: int | None = Field(None, ge=1, description="the first so many windows; default: all")
     divergence: bool = Field(True, description="compare with the baseline's predictions token by token")
+    convention: Literal["windows", "word"] = "windows"
+    documents: int | None = Field(None, ge=1, description="convention word: the first so many documents; default: all")
+    stop: Annotated[Stop | None, BeforeValidator(_stop)] = Field(
+        None, description="end hopeless cells early; default: never"
+    )
+    kv_chunk: int | None = Field(
+        None, ge=1, description="read windows in chunks where the KV cache is quantized; 1 is what decoding sees"
+    )
 
     def __post_init__(self) -> None:
-        check_name(self.text)
+        object.__setattr__(self, "text", absolute(self.text))
+        word = self.convention == "word"
+        if word and (self.windows is not None or self.stop is not None):
+            raise InvalidInput("perplexity: convention word takes `documents`, not `windows`, and no `stop`")
+        if not word and self.documents is not None:
+            raise InvalidInput("perplexity: `documents` needs convention: word; fixed windows take `windows`")
+        if self.stop is not None and not self.divergence:
+            raise InvalidInput("perplexity: `stop` compares with the baseline, which divergence: false leaves out")
 
     @property
     def label(self) -> str:
-        return f"perplexity {self.text} {self.length}" + (f" x{self.windows}" if self.windows else "")
+        words = ["perplexity", public_name(self.text), str(self.length)]
+        if self.convention == "word":
+            words.append("by word")
+        if limit := self.windows or self.documents:
+            words.append(f"x{limit}")
+        if self.stop:
+            words.append(f"stop above {self.stop.above:g}x")
+        return " ".join(words)
 
     @property
     def window(self) -> int:
@@ -73,112 +129,111 @@ class Perplexity(Evaluator):
     def tokens(self) -> int:
         return self.length * (self.windows or USUAL_WINDOWS.get(self.text, 150))
 
+    def options(self) -> dict[str, Any]:
+        given = super().options() | {"stop": dataclasses.asdict(self.stop) if self.stop else None}
+        return {name: value for name, value in given.items() if name not in _LATER or value != _LATER[name]}
+
     def prepare(self, session: Session) -> None:
-        if not self.divergence or session.cell.is_baseline:
-            return
-        windows = session.windows(self.text, self.length, self.windows)
-        path = cache.find_file(HIDDEN, _hidden_name(session, windows))
-        if path is None:
-            session.note(f"{self.label}: the baseline's hidden states are not in this machine's cache; computed again")
-            hidden = torch.cat([states.cpu() for states in _hidden_states(session, windows)])
-            path = _save_hidden(session, windows, hidden)
-        # Held open from here on: the cache may drop the file to make room for another evaluation's.
-        session.baseline_states[self.label] = safe_open(path, framework="pt").get_slice(HIDDEN)  # type: ignore[no-untyped-call]
+        if self.divergence and not session.cell.is_baseline:
+            session.baseline_states[str(self)] = baseline_states(session, self._windows(session), self.label)
 
     def run(self, session: Session, progress: Callable[[int, int], None]) -> Result:
-        windows = session.windows(self.text, self.length, self.windows)
+        windows = self._windows(session)
+        spans = Spans.of(windows)
         is_baseline = session.cell.is_baseline
-        compares = self.divergence and not is_baseline
-        reference = session.baseline_states[self.label] if compares else None
-        kept: list[Tensor] = []
-        columns: list[Columns] = []
-        done = 0
-        for states in _hidden_states(session, windows):
-            batch = slice(done, done + len(states))
-            before = reference[batch.start : batch.stop] if reference is not None else None
-            columns += [
-                _score(session, states[i], windows.ids[done + i], before[i] if before is not None else None)
-                for i in range(len(states))
-            ]
-            if is_baseline and self.divergence:
-                kept.append(states.cpu())
-            done += len(states)
-            progress(done, len(windows.ids))
-        _refuse_nonfinite(columns, self.label)
-        if kept:
-            _save_hidden(session, windows, torch.cat(kept))
-        documents = tuple(_document(piece, columns[piece.window]) for piece in windows.pieces)
-        return Result(metrics=tuple(_metrics(documents, len(windows.ids))), documents=documents)
+        keeper = Keeper(session, windows, spans) if is_baseline and self.divergence else None
+        before = session.baseline_states[str(self)] if self.divergence and not is_baseline else None
+        order = visiting_order(session, windows)
+        gambler = _Gambler(self.stop, order) if self.stop and before is not None else None
+        columns: dict[int, Columns] = {}
+        stopped = False
+        for batch in order:
+            for index, hidden in zip(batch, hidden_states(session, windows, batch, spans), strict=True):
+                columns[index] = self._score(session, windows, spans, index, hidden, before)
+                if keeper:
+                    keeper.keep(index, hidden)
+            progress(len(columns), len(windows.rows))
+            stopped = gambler is not None and gambler.hopeless([columns[index] for index in batch])
+            if stopped:
+                break
+        if keeper:
+            keeper.save()
+        _report_rounding(session, columns, self.label)
+        return _result(windows, spans, columns, stopped)
+
+    def _score(
+        self,
+        session: Session,
+        windows: Windows | Rolling,
+        spans: Spans,
+        index: int,
+        hidden: Tensor,
+        before: BaselineStates | None,
+    ) -> Columns:
+        targets = windows.rows[index][spans.first[index] :]
+        try:
+            return score(session, hidden, targets, None if before is None else before[spans.flat(index)])
+        except NonFinite as error:
+            raise NonFinite(f"{self.label}: window {index}: {error}") from None
+
+    def _windows(self, session: Session) -> Windows | Rolling:
+        if self.convention == "word":
+            return session.rolling(self.text, self.length, self.documents)
+        return session.windows(self.text, self.length, self.windows)
 
 
 EVALUATOR = Perplexity
 
-# Per predicted position of one window, float64 [length - 1]: loss and so on, by the ledger's names.
-Columns = dict[str, np.ndarray[Any, np.dtype[np.float64]]]
+
+def _result(windows: Windows | Rolling, spans: Spans, columns: dict[int, Columns], stopped: bool) -> Result:
+    """Metrics and ledger of the windows that were seen."""
+    seen = [(piece, _part(columns, spans, piece)) for piece in windows.pieces if piece.window in columns]
+    documents = [_document(piece, figures) for piece, figures in seen]
+    kl = [figures["kl"] for _, figures in seen if "kl" in figures]
+    found = [*_headline(windows, documents), *_means(documents), *_quantiles(documents, kl), *_eligible(windows)]
+    used = windows.documents if isinstance(windows, Rolling) else len(columns)
+    metrics = (dataclasses.replace(m, n=m.n or used, stopped_early=used if stopped else None) for m in found)
+    return Result(metrics=tuple(metrics), documents=tuple(documents))
 
 
-@torch.no_grad()
-def _hidden_states(session: Session, windows: Windows) -> Iterator[Tensor]:
-    """Final hidden states [batch, length, hidden], batch by batch."""
-    batch = session.batch(BATCH_TOKENS, windows.ids.shape[1])
-    for ids in torch.split(windows.ids, batch):
-        yield session.loaded.body(ids.to(session.loaded.device))
+class _Gambler:
+    """The hopeless stop, fed batch by batch: the last batch may be smaller, so it counts by its windows."""
+
+    def __init__(self, stop: Stop, order: Sequence[range]) -> None:
+        self.size = max(len(batch) for batch in order)
+        windows = sum(len(batch) for batch in order)
+        # Sum over all windows at most windows * ln(above), as a mean over batches of `size` windows.
+        limit = math.log(stop.above) * windows / (len(order) * self.size)
+        self.test = HopelessStop(len(order), limit, stop.alpha)
+
+    def hopeless(self, batch: Sequence[Columns]) -> bool:
+        differences = [float((figures["loss"] - figures["baseline_loss"]).mean()) for figures in batch]
+        return self.test.add(sum(differences) / self.size)
 
 
-@torch.no_grad()
-def _score(session: Session, hidden: Tensor, ids: Tensor, before: Tensor | None) -> Columns:
-    """Everything about one window: hidden [length, hidden], ids [length], the baseline's hidden states or None."""
-    head = session.loaded.head
-    targets = ids[1:].to(hidden.device)
-    chunk = max(16, (LOGIT_BUDGET[session.device.type] >> session.shrink) // head.weight.shape[0])
-    parts = [
-        _score_chunk(
-            head(hidden[start:stop]).float(),
-            targets[start:stop],
-            session.baseline_head(before[start:stop].to(hidden.device)).float() if before is not None else None,
-        )
-        for start, stop in _chunks(len(targets), chunk)
-    ]
-    return {name: torch.cat([part[name] for part in parts]).double().cpu().numpy() for name in parts[0]}
+def _report_rounding(session: Session, columns: dict[int, Columns], label: str) -> None:
+    """Raises ArithmeticError for a KL that is a bug, with its window; notes what may be much rounding."""
+    rounded = 0
+    for index, figures in sorted(columns.items()):
+        for name in ("kl", "kl_reverse"):
+            if name in figures:
+                rounded += divergence.refuse_negative(figures[name], f"{label}: {name} of window {index}")
+    if rounded:
+        session.note(f"{label}: KL of {rounded} tokens is below {divergence.KL_ROUNDING:g} nats by rounding; kept")
 
 
-def _chunks(count: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, count, size):
-        yield start, min(start + size, count)
+# -- the ledger -------------------------------------------------------------------------------------------------------
 
 
-def _score_chunk(logits: Tensor, targets: Tensor, before: Tensor | None) -> dict[str, Tensor]:
-    """logits, before [tokens, vocabulary] float32 -> figures [tokens]."""
-    norm = logits.logsumexp(-1)
-    top = logits.argmax(-1)
-    out = {"loss": norm - logits.gather(-1, targets[:, None])[:, 0], "correct": (top == targets).float()}
-    if before is None:
-        return out
-    norm_before = before.logsumexp(-1)
-    top_before = before.argmax(-1)
-    right_before = (top_before == targets).float()
-    out["baseline_loss"] = norm_before - before.gather(-1, targets[:, None])[:, 0]
-    out["agree"] = (top == top_before).float()
-    out["lost"] = right_before * (1 - out["correct"])
-    out["gained"] = (1 - right_before) * out["correct"]
-    shift = norm - norm_before
-    difference = before - logits
-    # KL(b || q) = sum_v p_b (log p_b - log p_q); the normalisers' difference is constant over v.
-    out["kl"] = (before.sub_(norm_before[:, None]).exp_() * difference).sum(-1) + shift
-    out["kl_reverse"] = -(logits.sub_(norm[:, None]).exp_() * difference).sum(-1) - shift
-    return out
-
-
-def _refuse_nonfinite(columns: Sequence[Columns], label: str) -> None:
-    for window, figures in enumerate(columns):
-        for name, values in figures.items():
-            if not np.isfinite(values).all():
-                raise NonFinite(f"{label}: {name} of window {window} is not finite")
+def _part(columns: dict[int, Columns], spans: Spans, piece: Piece) -> Columns:
+    """The piece's share of its window's figures."""
+    first = spans.first[piece.window]
+    part = slice(piece.start - first, piece.stop - first)
+    return {name: values[part] for name, values in columns[piece.window].items()}
 
 
 def _document(piece: Piece, figures: Columns) -> Document:
-    part = slice(piece.start - 1, piece.stop - 1)  # column j holds the prediction of position j + 1
-    sums = {name: float(values[part].sum()) for name, values in figures.items()}
+    sums = {name: float(values.sum()) for name, values in figures.items()}
 
     def count(name: str) -> int | None:
         return round(sums[name]) if name in sums else None
@@ -191,6 +246,7 @@ def _document(piece: Piece, figures: Columns) -> Document:
         loss=sums["loss"],
         kl=sums.get("kl"),
         kl_reverse=sums.get("kl_reverse"),
+        kl_histogram=divergence.histogram(figures["kl"]) if "kl" in figures else None,
         baseline_loss=sums.get("baseline_loss"),
         correct=count("correct"),
         agree=count("agree"),
@@ -198,6 +254,8 @@ def _document(piece: Piece, figures: Columns) -> Document:
         gained=count("gained"),
     )
 
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
 
 _FIGURES = (
     # metric, ledger column, unit, better
@@ -211,18 +269,55 @@ _FIGURES = (
 )
 
 
-def _metrics(documents: Sequence[Document], windows: int) -> Iterator[Metric]:
-    tokens = [d.tokens for d in documents]
+def _headline(windows: Windows | Rolling, documents: Sequence[Document]) -> Iterator[Metric]:
+    """Perplexity in the convention of the windows."""
     clusters = [d.cluster for d in documents]
-    loss = stats.clustered_mean([d.loss or 0.0 for d in documents], tokens, clusters)
+    losses = [d.loss or 0.0 for d in documents]
+    if isinstance(windows, Windows):
+        yield _exponentiated("perplexity", stats.clustered_mean(losses, [d.tokens for d in documents], clusters))
+        return
+    words, size = zip(*windows.sizes, strict=True)
+    yield _exponentiated("word_perplexity", stats.clustered_mean(losses, words, clusters))
+    by_byte = stats.clustered_mean(losses, size, clusters)
+    yield _exponentiated("byte_perplexity", by_byte)
+    bits = stats.Mean(by_byte.value / math.log(2), by_byte.error / math.log(2), by_byte.clusters)
+    yield _metric("bits_per_byte", "bits per byte", "lower", bits.clusters, bits.interval(), bits.standard_error)
+
+
+def _exponentiated(name: str, loss: stats.Mean) -> Metric:
     perplexity = loss.exponentiated()
     error = None if loss.standard_error is None else perplexity.value * loss.standard_error
-    yield _metric("perplexity", "perplexity", "lower", windows, loss.clusters, perplexity, error)
+    return _metric(name, "perplexity", "lower", loss.clusters, perplexity, error)
+
+
+def _means(documents: Sequence[Document]) -> Iterator[Metric]:
+    tokens = [d.tokens for d in documents]
+    clusters = [d.cluster for d in documents]
     for metric, column, unit, better in _FIGURES:
         sums = [value for document in documents if (value := _sum(document, column)) is not None]
         if sums:
             mean = stats.clustered_mean(sums, tokens, clusters)
-            yield _metric(metric, unit, better, windows, mean.clusters, mean.interval(), mean.standard_error)
+            yield _metric(metric, unit, better, mean.clusters, mean.interval(), mean.standard_error)
+
+
+def _quantiles(documents: Sequence[Document], kl: Sequence[np.ndarray[Any, Any]]) -> Iterator[Metric]:
+    """Quantiles of token KL; kl [document][token]."""
+    if not kl:
+        return
+    names, index = np.unique([d.cluster for d in documents], return_inverse=True)
+    clusters = np.repeat(index, [len(values) for values in kl])
+    values = np.concatenate(kl)
+    for name, q in QUANTILES:
+        found = stats.clustered_quantile(values, clusters, q)
+        yield _metric(name, "nats per token", "lower", len(names), found, None)
+
+
+def _eligible(windows: Windows | Rolling) -> Iterator[Metric]:
+    """Of how many documents drawn windows can come."""
+    if isinstance(windows, Windows) and windows.eligible is not None and windows.examined is not None:
+        count = stats.Interval(float(windows.eligible), None, None)
+        found = _metric("eligible_documents", "documents", "none", windows.eligible, count, None)
+        yield dataclasses.replace(found, n=windows.examined)
 
 
 def _sum(document: Document, column: str) -> float | None:
@@ -232,30 +327,16 @@ def _sum(document: Document, column: str) -> float | None:
     return value
 
 
-def _metric(
-    name: str, unit: str, better: str, n: int, clusters: int, interval: stats.Interval, error: float | None
-) -> Metric:
+def _metric(name: str, unit: str, better: str, clusters: int, interval: stats.Interval, error: float | None) -> Metric:
+    """A metric whose n is still to be filled in."""
     return Metric(
         metric=name,
         value=interval.value,
         unit=unit,
         better=better,
-        n=n,
+        n=0,
         clusters=clusters,
         standard_error=error,
         low=interval.low,
         high=interval.high,
     )
-
-
-# -- the baseline's hidden states -------------------------------------------------------------------------------------
-
-
-def _hidden_name(session: Session, windows: Windows) -> str:
-    identity = [session.cell.fingerprint, session.cell.dtype, windows.digest, BATCH_TOKENS, session.device.type]
-    return f"{canonical_hash(identity)}.safetensors"
-
-
-def _save_hidden(session: Session, windows: Windows, hidden: Tensor) -> Path:
-    name = _hidden_name(session, windows)
-    return cache.publish_file(HIDDEN, name, lambda part: save_file({HIDDEN: hidden.contiguous()}, part))

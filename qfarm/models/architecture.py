@@ -21,6 +21,9 @@ class Architecture:
     roles: Mapping[str, str]  # role -> path of the linear layer, from a block
     shared_inputs: tuple[tuple[str, ...], ...]  # roles that read the same tensor, in the order of computation
     mlp_size: str  # the configuration's key for the width of the MLP
+    attention: str  # path of the attention module, from a block
+    norms: Mapping[tuple[str, ...], str]  # group of layers -> path of the norm that makes their input, from a block
+    key_norm: str | None = None  # path of the norm of each key head, from a block
 
 
 _LLAMA = Architecture(
@@ -36,6 +39,8 @@ _LLAMA = Architecture(
     },
     shared_inputs=(("q", "k", "v"), ("o",), ("gate", "up"), ("down",)),
     mlp_size="intermediate_size",
+    attention="self_attn",
+    norms={("q", "k", "v"): "input_layernorm", ("gate", "up"): "post_attention_layernorm"},
 )
 
 _OPT = Architecture(
@@ -50,13 +55,15 @@ _OPT = Architecture(
     },
     shared_inputs=(("q", "k", "v"), ("o",), ("up",), ("down",)),
     mlp_size="ffn_dim",
+    attention="self_attn",
+    norms={("q", "k", "v"): "self_attn_layer_norm", ("up",): "final_layer_norm"},
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
+    "qwen3": dataclasses.replace(_LLAMA, key_norm="self_attn.k_norm"),
     "opt": _OPT,
 }
 

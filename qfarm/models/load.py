@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qfarm.errors import Failure, ModelError, NonFinite, classify
+from qfarm.layers.sites import Prefill
 from qfarm.models.architecture import Architecture, architecture_of
 from qfarm.models.reference import ModelFacts, first_line, unreachable
 
@@ -17,12 +21,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 class LoadedModel:
-    """A causal language model in evaluation mode, whose weights can be replaced and put back."""
+    """A causal language model in evaluation mode, whose parts can be replaced and put back."""
 
     def __init__(self, model: Any, tokenizer: Any, architecture: Architecture) -> None:
         self.model, self.tokenizer, self.architecture = model, tokenizer, architecture
         self.blocks: list[nn.Module] = list(model.get_submodule(architecture.blocks))
-        self._originals: list[tuple[nn.Linear, nn.Parameter]] = []
+        self.prefill: Prefill = "quantized"
+        self.chunk: int | None = None
+        self._undo: list[Callable[[], object]] = []
+        self._replaced: set[tuple[nn.Module, str]] = set()  # parameters whose originals are kept
 
     @property
     def device(self) -> torch.device:
@@ -45,9 +52,37 @@ class LoadedModel:
     def module_name(self, block: int, role: str) -> str:
         return f"{self.architecture.blocks}.{block}.{self.architecture.roles[role]}"
 
+    @property
+    def decoder(self) -> nn.Module:
+        """The module that owns the blocks: every way of calling the model passes through its forward."""
+        return self.model.get_submodule(self.architecture.blocks.rpartition(".")[0])  # type: ignore[no-any-return]
+
+    def attention(self, block: int) -> nn.Module:
+        return self.blocks[block].get_submodule(self.architecture.attention)
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention(0).head_dim  # type: ignore[return-value]
+
+    def norm(self, block: int, group: tuple[str, ...]) -> nn.Module | None:
+        """The norm that makes the input of these layers, or None where something else does."""
+        path = self.architecture.norms.get(group)
+        return None if path is None else self.blocks[block].get_submodule(path)
+
+    def key_maker(self, block: int) -> nn.Module:
+        """The module whose output are the keys before the rotary embedding."""
+        return self.blocks[block].get_submodule(self.architecture.key_norm or self.architecture.roles["k"])
+
     def body(self, ids: Tensor) -> Tensor:
         """Final hidden states [batch, length, hidden] of token ids [batch, length]; the head is not applied."""
-        return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        if self.chunk is None:
+            return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        states, past = [], None
+        for part in torch.split(ids, self.chunk, dim=1):
+            out = self.model.base_model(input_ids=part, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            states.append(out.last_hidden_state)
+        return torch.cat(states, dim=1)
 
     @property
     def head(self) -> nn.Linear:
@@ -55,16 +90,52 @@ class LoadedModel:
 
     def replace_weight(self, linear: nn.Linear, values: Tensor) -> None:
         """Give a layer new weights in the model's dtype; the original parameter is kept for `restore`."""
-        original = linear.weight
+        self.replace_parameter(linear, "weight", values)
+
+    def replace_parameter(self, module: nn.Module, name: str, values: Tensor) -> None:
+        """The same for any parameter. What a transform made is not kept when a solver replaces it in turn."""
+        original = getattr(module, name)
         assert isinstance(original, nn.Parameter)
-        self._originals.append((linear, original))
-        linear.weight = nn.Parameter(values.to(original.dtype), requires_grad=False)
+        if (module, name) not in self._replaced:
+            self.on_restore(functools.partial(setattr, module, name, original))
+            self._replaced.add((module, name))
+        setattr(module, name, nn.Parameter(values.to(original.dtype), requires_grad=False))
+
+    def on_restore(self, undo: Callable[[], object]) -> None:
+        """Have something undone by `restore`, the latest first. Called right before or after a change is made."""
+        self._undo.append(undo)
 
     def restore(self) -> None:
-        """Put every replaced weight back."""
-        while self._originals:
-            module, original = self._originals.pop()
-            module.weight = original
+        """Undo everything that was replaced or installed."""
+        self._undo_to(0)
+        self._replaced.clear()
+
+    @contextlib.contextmanager
+    def temporary(self) -> Iterator[None]:
+        """Undo on leaving what was replaced or installed inside."""
+        depth, outer = len(self._undo), self._replaced
+        self._replaced = set()
+        try:
+            yield
+        finally:
+            self._undo_to(depth)
+            self._replaced = outer
+
+    def _undo_to(self, depth: int) -> None:
+        while len(self._undo) > depth:
+            self._undo.pop()()
+
+    @contextlib.contextmanager
+    def reading_cache(self, prefill: Prefill, chunk: int | None = None) -> Iterator[None]:
+        """How a quantized KV cache is read inside: what calls with several tokens see (`qfarm.layers.cache`).
+
+        With `chunk`, `body` feeds that many tokens at a time and keeps a cache in between, quantized or not.
+        """
+        before, self.prefill, self.chunk = (self.prefill, self.chunk), prefill, chunk
+        try:
+            yield
+        finally:
+            self.prefill, self.chunk = before
 
     def other_bytes(self) -> int:
         """Bytes of everything but the decoder linears' weights, shared tensors counted once."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.cells import cell_len
 
 from qfarm.report.figures import duration, interval, number, plain
-from qfarm.report.tables import ID_SHOWN, Row, Table
+from qfarm.report.rows import ID_SHOWN, Replicates, Row, Table, headline
+from qfarm.stats import AccuracyDifference, Interval
 
 NARROW = 100  # terminal columns; below, recipes are folded early so that intervals stay
 NAME_WIDTHS = (18, 36)  # recipe with its options: narrow, wide
@@ -18,7 +21,7 @@ GAP = 2  # blanks between columns
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Column:
     heading: str
-    text: Callable[[Row], str]
+    text: Callable[[Any], str]  # of a Row, or of Replicates
     rank: int  # what comes first when there is no room for all; 0 stays always
     numeric: bool = True  # right-aligned, and never folded
 
@@ -31,22 +34,53 @@ def _metric(name: str) -> Callable[[Row], str]:
     return text
 
 
-def _change(row: Row) -> str:
-    """'+5.2 %*': in percent of the baseline's perplexity; the place of the mark is kept free."""
+def _change(mark_width: int, row: Row) -> str:
+    """'+5.2 %*' of the baseline's perplexity, '-1.20*' points; the place of the mark is kept free."""
     if row.difference is None:
         return ""
     if row.difference.identical:
-        return "identical "
-    value, low, high = row.difference.percent
+        return "identical" + " " * mark_width
+    return _shown(row.difference.shown, row.difference.unit) + row.mark.ljust(mark_width)
+
+
+def _shown(interval: Interval, unit: str) -> str:
+    value, low, high = interval
     error = None if low is None or high is None else (high - low) / 2
-    return number(value, "percent", error, signed=True) + ("*" if row.marked else " ")
+    return number(value, unit, error, signed=True)
 
 
 def _change_interval(row: Row) -> str:
     if row.difference is None:
         return ""
-    _, low, high = row.difference.percent
-    return interval(low, high, "percent", signed=True)
+    _, low, high = row.difference.shown
+    return interval(low, high, row.difference.unit, signed=True)
+
+
+def _with_seeds(row: Row) -> str:
+    if row.difference is None or row.with_seeds is None:
+        return ""
+    _, low, high = in_reading_units(row, row.with_seeds)
+    return interval(low, high, row.difference.unit, signed=True)
+
+
+def in_reading_units(row: Row, ends: Interval) -> Interval:
+    """An interval in the scale of differences as percent or points."""
+    assert row.difference is not None
+    value, low, high = (None if end is None else row.difference.show(end) for end in ends)
+    assert value is not None
+    return Interval(value, low, high)
+
+
+def _items(name: str) -> Callable[[Row], str]:
+    """Of items where accuracies are compared, else the metric."""
+
+    def text(row: Row) -> str:
+        if isinstance(row.difference, AccuracyDifference):
+            found = row.difference
+            return number(found.flips.value, "fraction") if name == "flips" else f"{getattr(found, name):,}"
+        return _metric(name)(row)
+
+    return text
 
 
 def _group(row: Row) -> str:
@@ -57,26 +91,42 @@ def _seed(row: Row) -> str:
     return "" if row.cell.seed is None else str(row.cell.seed)
 
 
-_COLUMNS = (
-    Column(heading="recipe", text=lambda row: plain(row.name), rank=0, numeric=False),
-    Column(heading="bits", text=lambda row: plain(row.cell.scheme), rank=0, numeric=False),
-    Column(heading="group", text=_group, rank=2),
-    Column(heading="seed", text=_seed, rank=2),
-    Column(heading="stored", text=lambda row: number(row.cell.linear_bits, "bits"), rank=3),
-    Column(heading="PPL", text=_metric("perplexity"), rank=1),
-    Column(heading="change ", text=_change, rank=1),
-    Column(heading="95 % interval", text=_change_interval, rank=4),
-    Column(heading="KL", text=_metric("kl"), rank=5),
-    Column(heading="agree", text=_metric("top1_agreement"), rank=6),
-    Column(heading="right", text=_metric("top1_accuracy"), rank=9),
-    Column(heading="flips", text=_metric("flips"), rank=10),
-    Column(heading="lost", text=_metric("lost"), rank=10),
-    Column(heading="gained", text=_metric("gained"), rank=10),
-    Column(heading="KL back", text=_metric("kl_reverse"), rank=11),
-    Column(heading="model bits", text=lambda row: number(row.cell.model_bits, "bits"), rank=12),
-    Column(heading="time", text=lambda row: duration(row.wall_s), rank=7),
-    Column(heading="cell", text=lambda row: plain(row.cell.cell_id, ID_SHOWN + 1)[:ID_SHOWN], rank=8, numeric=False),
-)
+def _best(row: Row) -> str:
+    return "|" if row.best else ""
+
+
+def _front(row: Row) -> str:
+    return row.front or ""
+
+
+def _columns(change: str, mark_width: int) -> tuple[Column, ...]:
+    return (
+        Column(heading="recipe", text=lambda row: plain(row.name), rank=0, numeric=False),
+        Column(heading="bits", text=lambda row: plain(row.cell.scheme), rank=0, numeric=False),
+        Column(heading="group", text=_group, rank=2),
+        Column(heading="seed", text=_seed, rank=2),
+        Column(heading="stored", text=lambda row: number(row.cell.linear_bits, "bits"), rank=3),
+        Column(heading="PPL", text=_metric("perplexity"), rank=1),
+        Column(heading=change + " " * mark_width, text=functools.partial(_change, mark_width), rank=1),
+        Column(heading="95 % interval", text=_change_interval, rank=4),
+        Column(heading="with seed noise", text=_with_seeds, rank=5),
+        Column(heading="best", text=_best, rank=5),
+        Column(heading="KL", text=_metric("kl"), rank=5),
+        Column(heading="agree", text=_metric("top1_agreement"), rank=6),
+        Column(heading="right", text=_metric("top1_accuracy"), rank=9),
+        Column(heading="flips", text=_items("flips"), rank=10),
+        Column(heading="lost", text=_items("lost"), rank=10),
+        Column(heading="gained", text=_items("gained"), rank=10),
+        Column(heading="KL back", text=_metric("kl_reverse"), rank=11),
+        Column(heading="model bits", text=lambda row: number(row.cell.model_bits, "bits"), rank=12),
+        Column(heading="Pareto", text=_front, rank=13, numeric=False),
+        Column(heading="time", text=lambda row: duration(row.wall_s), rank=7),
+        Column(
+            heading="cell", text=lambda row: plain(row.cell.cell_id, ID_SHOWN + 1)[:ID_SHOWN], rank=8, numeric=False
+        ),
+    )
+
+
 SHOWN_METRICS = frozenset(
     {"perplexity", "kl", "top1_agreement", "top1_accuracy", "flips", "lost", "gained", "kl_reverse"}
 )
@@ -84,10 +134,14 @@ SHOWN_METRICS = frozenset(
 
 def columns_of(table: Table) -> list[Column]:
     """The columns in which a table has anything to say, in reading order."""
-    columns = list(_COLUMNS)
+    mark_width = max([1, *(len(row.mark) for row in table.rows)])
+    columns = list(_columns("change" if table.measure == "perplexity" else "points", mark_width))
+    known = {found.metric for row in table.rows if (found := headline(row.metrics))}
     others = sorted({name for row in table.rows for name in row.metrics} - SHOWN_METRICS)
-    at = [column.heading for column in columns].index("PPL")
-    columns[at:at] = [Column(heading=plain(name), text=_metric(name), rank=1) for name in others]
+    leading = [name for name in others if name in known or not known]
+    for before, names, rank in (("PPL", leading, 1), ("model bits", sorted({*others} - {*leading}), 11)):
+        at = [column.heading for column in columns].index(before)
+        columns[at:at] = [Column(heading=plain(name), text=_metric(name), rank=rank) for name in names]
     several_seeds = len({row.cell.seed for row in table.rows} - {None}) > 1
     return [
         column
@@ -96,11 +150,55 @@ def columns_of(table: Table) -> list[Column]:
     ]
 
 
+def seed_columns(table: Table) -> list[Column]:
+    """Columns of the rows that were measured with several seeds."""
+    known = next((found for row in table.rows if (found := headline(row.metrics))), None)
+    name = known.metric if known else ""
+    heading = f"mean {'PPL' if name == 'perplexity' else plain(name)}"
+
+    def mean(group: Replicates) -> str:
+        return number(group.values.get(name), known.unit if known else "")
+
+    columns = (
+        Column(heading="recipe", text=lambda group: plain(group.first.name), rank=0, numeric=False),
+        Column(heading="bits", text=lambda group: plain(group.first.cell.scheme), rank=0, numeric=False),
+        Column(heading="group", text=lambda group: _group(group.first), rank=2),
+        Column(heading="seeds", text=lambda group: str(len(group.rows)), rank=0),
+        Column(heading=heading, text=mean, rank=3),
+        Column(heading="change" if table.measure == "perplexity" else "points", text=_seeds_change, rank=1),
+        Column(heading="95 % interval", text=_seeds_interval, rank=1),
+        Column(heading="spread", text=_spread, rank=1),
+    )
+    return [column for column in columns if any(column.text(group) for group in table.replicates)]
+
+
+def _seeds_change(group: Replicates) -> str:
+    found = group.first.difference
+    if found is None or group.difference is None:
+        return ""
+    return _shown(in_reading_units(group.first, group.difference.interval()), found.unit)
+
+
+def _seeds_interval(group: Replicates) -> str:
+    found = group.first.difference
+    if found is None or group.difference is None:
+        return ""
+    _, low, high = in_reading_units(group.first, group.difference.interval())
+    return interval(low, high, found.unit, signed=True)
+
+
+def _spread(group: Replicates) -> str:
+    found = group.first.difference
+    if found is None or group.difference is None:
+        return ""
+    return number(found.show(group.difference.spread), found.unit)
+
+
 def name_width(width: int) -> int:
     return NAME_WIDTHS[width >= NARROW]
 
 
-def fitting(columns: Sequence[Column], rows: Sequence[Row], width: int) -> list[Column]:
+def fitting(columns: Sequence[Column], rows: Sequence[Any], width: int) -> list[Column]:
     """As many columns as `width` holds, the lowest ranks first; one that does not fit shuts out none after it."""
     room, kept = width + GAP, set()
     for column in sorted(columns, key=lambda column: column.rank):

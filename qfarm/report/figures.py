@@ -7,7 +7,13 @@ import re
 import unicodedata
 
 # By a unit's first word: "nats per token" is written as "nats".
-_DECIMALS = {"perplexity": 2, "percent": 2, "fraction": 2, "bits": 3}  # of a value without an error, after scaling
+_DECIMALS = {
+    "perplexity": 2,
+    "percent": 2,
+    "points": 2,
+    "fraction": 2,
+    "bits": 3,
+}  # of a value without an error, after scaling
 _PERCENT = ("percent", "fraction")
 _SIGNIFICANT = 3  # digits where decimals would not do
 _SCIENTIFIC = 1e6  # from here on, digits before the decimal point say less than the exponent

@@ -1,9 +1,12 @@
-"""Pairs: the same documents under a cell and under its baseline, and what forbids to compare two evaluations."""
+"""Pairs: the same documents under two cells, and the difference between them.
+
+A ledger has one row per piece: a window's part of a document with its loss, or a task's item that is right or wrong.
+Pieces are paired by document, window and task; what one side lacks is left out of both.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -11,14 +14,19 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from qfarm.errors import NonFinite
-from qfarm.stats import Difference, paired_difference
+from qfarm.margin import Measure
+from qfarm.stats import Difference, Weights, accuracy_difference, paired_difference
 
 BATCH = 256  # cells whose ledgers are in memory at once
 SHARED = 0.9  # of the smaller ledger: below it, what is missing may be what is hard
-_LEDGER = ("cell_id", "eval_id", "document", "window", "cluster", "tokens", "loss")
-_KEYS = ["eval_id", "document", "window"]
+_LEDGER = ("cell_id", "eval_id", "document", "window", "task", "cluster", "tokens", "loss", "correct")
+_KEYS = ["eval_id", "document", "window", "task"]
+_OWNER = pa.schema([("eval_id", pa.string()), ("cell_id", pa.string())])
+
+Key = tuple[str, str]  # (cell_id, eval_id)
 
 
 class Readable(Protocol):
@@ -30,72 +38,169 @@ class Readable(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is compared of an evaluation, and the stored accuracy of the reference, from which the weights are known."""
+
+    measure: Measure
+    accuracy: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """Pieces that two cells share, and how many each of them has."""
+
+    table: pa.Table | None  # of `_joined`; None: not one
+    of_first: int
+    of_second: int
+
+    def __len__(self) -> int:
+        return 0 if self.table is None else len(self.table)
+
+    def numbers(self, name: str) -> NDArray[Any]:
+        """A column [piece]: tokens, items, value (first), value_other (second) or cluster_number."""
+        assert self.table is not None
+        found: NDArray[Any] = self.table[name].to_numpy()
+        return found
+
+    def words(self, name: str) -> list[str]:
+        """A column [piece]: document, task (empty: none) or cluster."""
+        assert self.table is not None
+        found: list[str] = self.table[name].to_pylist()
+        return found
+
+    def tasks(self) -> NDArray[Any] | None:
+        """Each piece's task [piece] as a number; None where there are none."""
+        assert self.table is not None
+        encoded = self.table["task"].combine_chunks().dictionary_encode()
+        return encoded.indices.to_numpy() if len(encoded.dictionary) > 1 else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Pairing:
-    """A cell's loss compared with the baseline's, or the reason why there is no comparison."""
+    """A cell compared with another, or the reason why there is no comparison."""
 
     difference: Difference | None = None
     remark: str = ""
+    complete: bool = False  # every piece of the other side is there
 
 
 def pair_with_baselines(
-    store: Readable, baselines: Mapping[str, str], cells: Collection[str]
-) -> dict[tuple[str, str], Pairing]:
-    """Pairings by (cell_id, eval_id). `baselines` gives each eval_id's baseline cell.
+    store: Readable, baselines: Mapping[str, str], cells: Collection[str], targets: Mapping[str, Target]
+) -> dict[Key, Pairing]:
+    """Pairings by (cell_id, eval_id). `baselines` gives each eval_id's baseline cell, `targets` what is compared.
 
-    Evaluations without losses (or without a ledger) have no entry. Documents that one side lacks are left out of both.
+    Evaluations without a ledger that holds it have no entry.
     """
-    reference = _ledger(store, set(baselines.values()))
+    reference = _ledger(store, set(baselines.values()), targets)
     owner = pa.table({"eval_id": list(baselines), "cell_id": list(baselines.values())}, schema=_OWNER)
     reference = reference.join(owner, keys=["eval_id", "cell_id"], join_type="inner").drop_columns(["cell_id"])
     counts = _counts(reference, ["eval_id"])
+    reference = _numbered(reference)
     ordered = sorted(cells)
-    found: dict[tuple[str, str], Pairing] = {}
+    found: dict[Key, Pairing] = {}
     for start in range(0, len(ordered), BATCH):
-        ledger = _ledger(store, ordered[start : start + BATCH])
+        ledger = _ledger(store, ordered[start : start + BATCH], targets)
         ours = _counts(ledger, ["cell_id", "eval_id"])
-        shared = dict(_shared(ledger, reference))
+        shared = dict(_joined(ledger, reference))
         for (cell_id, eval_id), pieces in ours.items():
             theirs = counts.get((eval_id,))
             if theirs:
-                found[cell_id, eval_id] = _pairing(shared.get((cell_id, eval_id)), pieces, theirs)
+                both = Pieces(table=shared.get((cell_id, eval_id)), of_first=pieces, of_second=theirs)
+                found[cell_id, eval_id] = pairing_of(both, targets[eval_id])
     return found
 
 
-def differing_keys(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """'options.length 2048 against 512' for each key on which two protocols disagree."""
-    one, two = flatten(first), flatten(second)
-    return [
-        f"{key} {json.dumps(one.get(key))} against {json.dumps(two.get(key))}"
-        for key in sorted({*one, *two})
-        if one.get(key) != two.get(key)
-    ]
+def shared_pieces(store: Readable, first: Key, second: Key, target: Target) -> Pieces | None:
+    """The pieces that two cells share, each under one evaluation; None where a ledger holds nothing to compare."""
+    sides = []
+    for cell_id, eval_id in (first, second):
+        ledger = _ledger(store, [cell_id], {eval_id: target})
+        same = pa.array(["both"] * len(ledger), pa.string())
+        sides.append(ledger.set_column(ledger.schema.get_field_index("eval_id"), "eval_id", same))
+    ours, theirs = sides
+    if not len(ours) or not len(theirs):
+        return None
+    joined = dict(_joined(ours, _numbered(theirs.drop_columns(["cell_id"]))))
+    return Pieces(table=joined.get((first[0], "both")), of_first=len(ours), of_second=len(theirs))
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested plain data as one level: {"a": {"b": [1]}} is {"a.b.0": 1}; what is empty stays as it is."""
-    if not isinstance(value, (Mapping, list)) or not value:
-        return {prefix: value}
-    items = value.items() if isinstance(value, Mapping) else enumerate(value)
-    out: dict[str, Any] = {}
-    for key, part in items:
-        out |= flatten(part, f"{prefix}.{key}" if prefix else str(key))
-    return out
+def pairing_of(pieces: Pieces, target: Target, other: str = "the baseline") -> Pairing:
+    """The difference, first minus second, or why there is none; `other` names the second in remarks."""
+    count, smaller = len(pieces), min(pieces.of_first, pieces.of_second)
+    if count == 0 or count < SHARED * smaller:
+        return Pairing(remark=f"not compared: shares {count:,} of {smaller:,} pieces with {other}")
+    try:
+        difference = difference_of(pieces, target)
+    except NonFinite as error:
+        return Pairing(remark=f"not compared: {error}")
+    larger = max(pieces.of_first, pieces.of_second)
+    remark = f"on {count:,} of {larger:,} shared pieces" if count < larger else ""
+    return Pairing(difference=difference, remark=remark, complete=count == pieces.of_second)
 
 
-_OWNER = pa.schema([("eval_id", pa.string()), ("cell_id", pa.string())])
+def difference_of(pieces: Pieces, target: Target) -> Difference:
+    """First minus second. Raises NonFinite where a loss or an answer is missing or no number."""
+    first, second = pieces.numbers("value"), pieces.numbers("value_other")
+    clusters = pieces.numbers("cluster_number")
+    if target.measure == "perplexity":
+        return paired_difference(first, second, pieces.numbers("tokens"), clusters)
+    missing = int(np.count_nonzero(~np.isfinite(first - second)))
+    if missing:
+        raise NonFinite(f"the answer of {missing} of {len(pieces)} items is missing")
+    of_item, right, right_other = item_by_item(pieces)
+    task = pieces.tasks()
+    if task is None:
+        return accuracy_difference(right, right_other, clusters[of_item])
+    weights = _weights(right_other, task[of_item], target.accuracy)
+    return accuracy_difference(right, right_other, clusters[of_item], task[of_item], weights)
 
 
-def _ledger(store: Readable, cells: Collection[str]) -> pa.Table:
-    """One row per piece that has a loss column: a piece stands once, and a loss that is missing is not a number."""
+def _weights(right: NDArray[np.float64], task: NDArray[Any], stored: float | None) -> Weights:
+    """Those of the stored mean over tasks, so that the error belongs to the number that is shown."""
+    if stored is None:
+        return "plain"
+    plain = (np.bincount(task, right) / np.bincount(task)).mean()
+    return "size" if abs(right.mean() - stored) < abs(plain - stored) else "plain"
+
+
+def item_by_item(pieces: Pieces) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """The piece of each item [item], and whether it is right in the first and in the second cell.
+
+    An item that stands in its task twice is one piece with two items of one cluster.
+    """
+    items = pieces.numbers("items")
+    of_item = np.repeat(np.arange(len(pieces)), items)
+    place = np.arange(of_item.size) - np.repeat(np.cumsum(items) - items, items)
+    first, second = ((place < pieces.numbers(name)[of_item]).astype(np.float64) for name in ("value", "value_other"))
+    return of_item, first, second
+
+
+def _ledger(store: Readable, cells: Collection[str], targets: Mapping[str, Target]) -> pa.Table:
+    """One row per piece of the evaluations that have what is compared: value, tokens, rows.
+
+    A value that is missing is not a number.
+    """
     table = store.read("documents", columns=_LEDGER, cell_ids=cells)
-    has_loss = table.group_by(["cell_id", "eval_id"]).aggregate([("loss", "count")])
-    kept = has_loss.filter(pc.greater(has_loss["loss_count"], 0)).select(["cell_id", "eval_id"])
+    table = table.filter(pc.is_in(table["eval_id"], pa.array(list(targets), pa.string())))
+    items = pa.array([eval_id for eval_id, target in targets.items() if target.measure == "accuracy"], pa.string())
+    right = pc.cast(table["correct"], pa.float64())
+    table = table.append_column("value", pc.if_else(pc.is_in(table["eval_id"], items), right, table["loss"]))
+    counted = table.group_by(["cell_id", "eval_id"]).aggregate([("value", "count")])
+    kept = counted.filter(pc.greater(counted["value_count"], 0)).select(["cell_id", "eval_id"])
     # A join never matches nulls.
-    table = table.set_column(table.schema.get_field_index("window"), "window", pc.fill_null(table["window"], -1))
-    table = table.set_column(table.schema.get_field_index("loss"), "loss", pc.fill_null(table["loss"], math.nan))
-    table = table.join(kept, keys=["cell_id", "eval_id"], join_type="inner")
-    grouped = table.group_by(["cell_id", *_KEYS, "cluster"]).aggregate([("tokens", "sum"), ("loss", "sum")])
-    return grouped.rename_columns(["cell_id", *_KEYS, "cluster", "tokens", "loss"])
+    for name, nothing in (("window", -1), ("task", ""), ("value", math.nan)):
+        table = table.set_column(table.schema.get_field_index(name), name, pc.fill_null(table[name], nothing))
+    table = table.drop_columns(["loss", "correct"]).join(kept, keys=["cell_id", "eval_id"], join_type="inner")
+    grouped = table.group_by(["cell_id", *_KEYS, "cluster"])
+    summed = grouped.aggregate([("tokens", "sum"), ("value", "sum"), ([], "count_all")])
+    return summed.rename_columns(["cell_id", *_KEYS, "cluster", "tokens", "value", "items"])
+
+
+def _numbered(reference: pa.Table) -> pa.Table:
+    """With clusters numbered in their own order, so that every cell compared with them has the same numbers."""
+    names = pc.unique(reference["cluster"])
+    ordered = names.take(pc.sort_indices(names))
+    return reference.append_column("cluster_number", pc.index_in(reference["cluster"], ordered))
 
 
 def _counts(ledger: pa.Table, keys: list[str]) -> dict[tuple[str, ...], int]:
@@ -104,9 +209,9 @@ def _counts(ledger: pa.Table, keys: list[str]) -> dict[tuple[str, ...], int]:
     return dict(zip(zip(*columns, strict=True), table["count_all"].to_pylist(), strict=True))
 
 
-def _shared(ledger: pa.Table, reference: pa.Table) -> Iterator[tuple[tuple[str, str], pa.Table]]:
-    """((cell_id, eval_id), pieces that both have) in a fixed order, so that sums come out the same every time."""
-    joined = ledger.join(reference, keys=_KEYS, join_type="inner", right_suffix="_baseline")
+def _joined(ledger: pa.Table, reference: pa.Table) -> Iterator[tuple[Key, pa.Table]]:
+    """(cell_id, eval_id) and the pieces that both have, in a fixed order, so that sums come out the same every time."""
+    joined = ledger.join(reference, keys=_KEYS, join_type="inner", right_suffix="_other")
     joined = joined.sort_by([(key, "ascending") for key in ("cell_id", *_KEYS, "cluster")])
     ids = list(zip(joined["cell_id"].to_pylist(), joined["eval_id"].to_pylist(), strict=True))
     start = 0
@@ -114,17 +219,3 @@ def _shared(ledger: pa.Table, reference: pa.Table) -> Iterator[tuple[tuple[str, 
         if stop == len(ids) or ids[stop] != ids[start]:
             yield ids[start], joined.slice(start, stop - start)
             start = stop
-
-
-def _pairing(shared: pa.Table | None, ours: int, theirs: int) -> Pairing:
-    count = 0 if shared is None else len(shared)
-    if shared is None or count < SHARED * min(ours, theirs):
-        return Pairing(remark=f"not compared: shares {count:,} of {min(ours, theirs):,} pieces with the baseline")
-    columns = {name: shared[name].to_numpy() for name in ("loss", "loss_baseline", "tokens")}
-    clusters = np.asarray(shared["cluster"].to_pylist())
-    try:
-        difference = paired_difference(columns["loss"], columns["loss_baseline"], columns["tokens"], clusters)
-    except NonFinite as error:
-        return Pairing(remark=f"not compared: {error}")
-    remark = f"on {count:,} of {max(ours, theirs):,} shared pieces" if count < max(ours, theirs) else ""
-    return Pairing(difference=difference, remark=remark)

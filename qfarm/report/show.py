@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import collections
-import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.padding import Padding
-from rich.table import Table as RichTable
 from rich.text import Text
 
-from qfarm.errors import InvalidInput
 from qfarm.record import AttemptRow, CellRow, LayerRow, MetricRow
 from qfarm.report.figures import duration, interval, number, plain, plural, size
-from qfarm.report.pairs import Readable, flatten
+from qfarm.report.find import find
+from qfarm.report.layout import grid, pairs, section, words
+from qfarm.report.pairs import Readable
+from qfarm.report.protocols import flatten
 from qfarm.report.render import MIN_WIDTH, terminal_text
-from qfarm.report.tables import label, parsed, records
+from qfarm.report.rows import label, parsed, records
 
 WORST_LAYERS = 5
-CANDIDATES_SHOWN = 10
 MODULES_SHOWN = 3
 
 
@@ -31,7 +29,7 @@ def show(store: Readable, prefix: str, *, width: int | None = None, color: bool 
     A cell that never finished is shown by its attempts. Raises InvalidInput, one line with candidates, when the prefix
     names no cell or several.
     """
-    cell_id = _find(store, prefix)
+    cell_id = find(store, prefix)
     cells = records(store, "cells", CellRow, [cell_id])
     attempts = records(store, "attempts", AttemptRow, [cell_id])
     attempts.sort(key=lambda attempt: (attempt.started, attempt.number))
@@ -45,30 +43,14 @@ def show(store: Readable, prefix: str, *, width: int | None = None, color: bool 
         accepted = _accepted(cells[0], metrics)
         parts += _metrics(metrics)
     else:
-        parts += _section(f"cell {plain(cell_id)}", [Text("no attempt has stored a result")])
+        parts += section(f"cell {plain(cell_id)}", [Text("no attempt has stored a result")])
     for attempt in attempts:
         parts += _attempt(attempt, accepted.get(attempt.attempt_id, ""))
     for source in [one for one in attempts if one.attempt_id in accepted] or attempts[-1:]:
         made = flatten(parsed(source.provenance, {}))
         title = f"provenance of attempt {plain(source.attempt_id)}"
-        parts += _section(title, [_pairs({plain(key): _words(value) for key, value in made.items()})])
+        parts += section(title, [pairs({plain(key): words(value) for key, value in made.items()})])
     return terminal_text(parts, columns, color)
-
-
-def _find(store: Readable, prefix: str) -> str:
-    named = store.read("cells", columns=["cell_id", "model", "recipe", "scheme"]).to_pylist()
-    names = {row["cell_id"]: f"{row['recipe']} {row['scheme']} of {row['model']}" for row in named}
-    tried = store.read("attempts", columns=["cell_id"]).column("cell_id").to_pylist()
-    known: list[str] = sorted({*names, *tried})
-    found = [cell_id for cell_id in known if cell_id.startswith(prefix)]
-    if len(found) == 1:
-        return found[0]
-    candidates = found or known
-    listed = [plain(f"{one} ({names.get(one, 'never finished')})") for one in candidates[:CANDIDATES_SHOWN]]
-    more = len(candidates) - len(listed)
-    listed += [f"and {more} more"] if more > 0 else []
-    problem = f"names {len(found)} cells" if found else "names no cell of this store"
-    raise InvalidInput(f'"{plain(prefix)}" {problem}; cells: {", ".join(listed) or "none"}')
 
 
 def _accepted(cell: CellRow, metrics: Iterable[MetricRow]) -> dict[str, str]:
@@ -91,18 +73,18 @@ def _identity(cell: CellRow) -> list[RenderableType]:
         "weights": f"{'symmetric' if cell.symmetric else 'asymmetric'}, scales {cell.scale_dtype}, rest {cell.dtype}",
         "seed": "none needed" if cell.seed is None else str(cell.seed),
         "statistics": cell.statistics or "none needed",
-        "calibration": _words(spec.get("calibration") or "none needed"),
+        "calibration": words(spec.get("calibration") or "none needed"),
     }
     for method in spec.get("methods") or ():
         if isinstance(method, Mapping):
-            named = f"version {method.get('version')}: {_words(method.get('options') or 'no options')}"
+            named = f"version {method.get('version')}: {words(method.get('options') or 'no options')}"
             axes[f"{method.get('name')}"] = named
     sizes = {
         "quantized layers": f"{number(cell.linear_bits, 'bits')} bits per weight, {size(cell.linear_bytes)}",
         "whole model": f"{number(cell.model_bits, 'bits')} bits per parameter, {size(cell.model_bytes)}",
         "stored": cell.created,
     }
-    return _section(plain(f"{label(cell)} · {cell.model}"), [_pairs(axes | sizes)])
+    return section(plain(f"{label(cell)} · {cell.model}"), [pairs(axes | sizes)])
 
 
 def _layers(layers: Sequence[LayerRow]) -> list[RenderableType]:
@@ -126,8 +108,8 @@ def _layers(layers: Sequence[LayerRow]) -> list[RenderableType]:
             (layer.module, str(layer.solver), number(layer.output_error, ""), number(layer.weight_error, ""))
             for layer in worst
         ]
-        lines.append(_grid(("layer", "solver", "output", "weight"), rows, numeric=(2, 3)))
-    return _section("layers", lines or [Text("none were recorded")])
+        lines.append(grid(("layer", "solver", "output", "weight"), rows, numeric=(2, 3)))
+    return section("layers", lines or [Text("none were recorded")])
 
 
 def _error(layer: LayerRow) -> float:
@@ -149,10 +131,10 @@ def _metrics(metrics: Sequence[MetricRow]) -> list[RenderableType]:
             )
             for metric in group
         ]
-        grid = _grid(("metric", "value", "95 % interval", "unit", "n", "clusters"), rows, numeric=(1, 2, 4, 5))
-        protocol = Text(_words(parsed(group[0].protocol, {})), style="dim", overflow="fold")
-        parts += _section(plain(f"{group[0].evaluation} (evaluation {eval_id})"), [grid, protocol])
-    return parts or _section("evaluations", [Text("none")])
+        figures = grid(("metric", "value", "95 % interval", "unit", "n", "clusters"), rows, numeric=(1, 2, 4, 5))
+        protocol = Text(words(parsed(group[0].protocol, {})), style="dim", overflow="fold")
+        parts += section(plain(f"{group[0].evaluation} (evaluation {eval_id})"), [figures, protocol])
+    return parts or section("evaluations", [Text("none")])
 
 
 def _attempt(attempt: AttemptRow, accepted: str) -> list[RenderableType]:
@@ -169,53 +151,13 @@ def _attempt(attempt: AttemptRow, accepted: str) -> list[RenderableType]:
         "notes": "; ".join(map(str, parsed(attempt.notes, []))),
         "error": attempt.error or "",
     }
-    parts: list[RenderableType] = [_pairs(facts)]
+    parts: list[RenderableType] = [pairs(facts)]
     if attempt.traceback:
         # Line by line, since the line breaks of a traceback are its own.
         lines = (_code_line(line) for line in attempt.traceback.splitlines())
         parts.append(Padding(Text("\n".join(lines), overflow="fold"), (0, 0, 0, 2)))
-    return _section(f"attempt {attempt.number} ({plain(attempt.attempt_id)})", parts)
+    return section(f"attempt {attempt.number} ({plain(attempt.attempt_id)})", parts)
 
 
 def _code_line(line: str) -> str:
     return " " * (len(line) - len(line.lstrip(" "))) + plain(line)
-
-
-# -- layout -----------------------------------------------------------------------------------------------------------
-
-
-def _section(title: str, parts: Iterable[RenderableType]) -> list[RenderableType]:
-    return [Text(title, style="bold", overflow="fold"), Padding(Group(*parts), (0, 0, 1, 2))]
-
-
-def _pairs(facts: Mapping[str, str]) -> RichTable:
-    """Name and value, line by line; empty values are left out."""
-    grid = RichTable.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True, overflow="ellipsis", max_width=30)
-    grid.add_column(overflow="fold")
-    for name, value in facts.items():
-        if value:
-            grid.add_row(Text(plain(name)), Text(plain(value)))
-    return grid
-
-
-def _grid(headings: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int]) -> RichTable:
-    grid = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for index, heading in enumerate(headings):
-        right = index in numeric
-        grid.add_column(heading, justify="right" if right else "left", no_wrap=right, overflow="fold")
-    for row in rows:
-        grid.add_row(*(Text(plain(value)) for value in row))
-    return grid
-
-
-def _words(value: Any) -> str:
-    """Plain data as 'act_order=true, damp=0.01'."""
-    if not isinstance(value, (Mapping, list)):
-        return plain(value)
-    return plain(", ".join(_assignments(flatten(value))))
-
-
-def _assignments(options: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in options.items():
-        yield f"{name}={value if isinstance(value, str) else json.dumps(value)}"

@@ -5,179 +5,125 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
 
 from qfarm.errors import InvalidInput
+from qfarm.margin import Margin, parse_margin
 from qfarm.record import CellRow, MetricRow
-from qfarm.report.figures import plain, plural
-from qfarm.report.pairs import Pairing, Readable, differing_keys, flatten, pair_with_baselines
-from qfarm.scheme import parse_scheme
-from qfarm.stats import FAMILY_ALPHA, MARK_CLUSTERS, Difference, holm
+from qfarm.report.failed import failed_cells
+from qfarm.report.family import judged
+from qfarm.report.figures import plural
+from qfarm.report.floors import NOT_KNOWN, Baseline, NumericFloor, numeric_floors
+from qfarm.report.pairs import Key, Pairing, Readable, Target, pair_with_baselines
+from qfarm.report.protocols import differing_keys, flatten
+from qfarm.report.rows import (
+    ID_SHOWN,
+    RIGHT,
+    Attempt,
+    Results,
+    Row,
+    Table,
+    given_options,
+    headline,
+    label,
+    parsed,
+    records,
+    sort_key,
+    units_used,
+)
+from qfarm.stats import Difference
 
-ID_SHOWN = 8  # characters of an id that people see; `qfarm show` takes any prefix
 OTHER_PROTOCOLS_SHOWN = 3
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Attempt:
-    """What the tables need of an attempt; the fields are columns of the store."""
+def load(store: Readable, margins: Mapping[str, Margin] | None = None) -> Results:
+    """Everything a store holds, in an order that depends on its contents only.
 
-    attempt_id: str
-    cell_id: str
-    model: str
-    label: str
-    number: int
-    evaluations: str | None  # JSON list of the eval_ids that it was to run; older rows hold none
-    outcome: str
-    stage: str
-    error: str | None
-    started: str
-    wall_s: float
-    notes: str  # JSON list
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One cell under one evaluation."""
-
-    cell: CellRow
-    variant: str  # the options given, and what tells it from rows of the same name; mostly empty
-    metrics: Mapping[str, MetricRow]
-    difference: Difference | None  # of the loss to the baseline's, paired by document
-    remark: str  # why there is no difference, or on what it rests
-    adjusted_p: float | None  # Holm over the table; None below MARK_CLUSTERS
-    wall_s: float | None  # of the attempt that published the metrics
-    notes: tuple[str, ...]  # what that attempt did differently
-
-    @property
-    def is_baseline(self) -> bool:
-        return self.cell.recipe == "baseline"
-
-    @property
-    def marked(self) -> bool:
-        return self.adjusted_p is not None and self.adjusted_p < FAMILY_ALPHA
-
-    @property
-    def name(self) -> str:
-        return " ".join(part for part in (self.cell.recipe, self.variant) if part)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Table:
-    """All cells of one model under one evaluation: rows that may be compared, the baseline first."""
-
-    model: str
-    fingerprint: str
-    evaluation: str
-    eval_id: str
-    protocol: Mapping[str, Any]
-    rows: tuple[Row, ...]
-    remarks: tuple[str, ...]  # what is missing, or stands in another table and why
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FailedCell:
-    """A cell whose last attempt failed and left an evaluation missing."""
-
-    cell_id: str
-    model: str  # empty when the cell was never stored
-    label: str
-    kind: str
-    stage: str
-    error: str
-    attempts: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Results:
-    tables: tuple[Table, ...]
-    failed: tuple[FailedCell, ...]
-
-
-def load(store: Readable) -> Results:
-    """Everything a store holds, in an order that depends on its contents only."""
+    `margins` by measure go before those that the attempts' provenance names.
+    """
     cells = {cell.cell_id: cell for cell in records(store, "cells", CellRow)}
     attempts = records(store, "attempts", Attempt)
-    metrics = records(store, "metrics", MetricRow)
-    groups: dict[tuple[str, str], dict[str, list[MetricRow]]] = {}
-    for metric in metrics:
-        if metric.cell_id in cells:
-            group = groups.setdefault((cells[metric.cell_id].fingerprint, metric.eval_id), {})
-            group.setdefault(metric.cell_id, []).append(metric)
+    metrics = [metric for metric in records(store, "metrics", MetricRow) if metric.cell_id in cells]
     by_attempt = {attempt.attempt_id: attempt for attempt in attempts}
-    pairings: dict[tuple[str, str], Pairing] = {}
-    for fingerprint in sorted({key[0] for key in groups}):
-        pairings |= _pairings(store, cells, {key[1]: group for key, group in groups.items() if key[0] == fingerprint})
-    tables = [_table(key, group, cells, by_attempt, pairings) for key, group in groups.items()]
+    groups: dict[Key, dict[str, list[MetricRow]]] = {}
+    for metric in metrics:
+        group = groups.setdefault((cells[metric.cell_id].fingerprint, metric.eval_id), {})
+        group.setdefault(metric.cell_id, []).append(metric)
+    targets = _targets(cells, groups)
+    pairings = _pairings(store, cells, groups, targets)
+    tables = [_table(key, group, cells, by_attempt, pairings, targets[key]) for key, group in groups.items()]
     tables.sort(key=lambda table: (table.model, table.evaluation, table.fingerprint, table.eval_id))
-    failed = _failed(cells, attempts, {(metric.cell_id, metric.eval_id) for metric in metrics})
+    floors = numeric_floors(
+        store, [_measured_baseline(table, targets) for table in tables if table.rows[0].is_baseline]
+    )
+    tables = [
+        _judged(table, floors.get((table.fingerprint, table.eval_id)), by_attempt, margins or {}) for table in tables
+    ]
+    failed = failed_cells(cells, attempts, {(metric.cell_id, metric.eval_id) for metric in metrics})
     return Results(tables=tuple(_with_protocol_remarks(tables)), failed=tuple(failed))
 
 
-Record = TypeVar("Record")
+def target_of(metrics: Iterable[MetricRow], reference: str | None = None) -> Target:
+    """What an evaluation's cells are compared by; `reference` is the cell that they are compared with."""
+    by_cell: dict[str, dict[str, MetricRow]] = collections.defaultdict(dict)
+    for metric in metrics:
+        by_cell[metric.cell_id][metric.metric] = metric
+    if not any(_of_items(name) for names in by_cell.values() for name in names):
+        return Target(measure="perplexity")
+    known = headline(by_cell.get(reference or "", {}))
+    return Target(measure="accuracy", accuracy=known.value if known else None)
 
 
-def records(store: Readable, table: str, kind: type[Record], cell_ids: Sequence[str] | None = None) -> list[Record]:
-    """The rows of a table as dataclasses, whose fields choose the columns."""
-    columns = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    read = store.read(table, columns=columns, cell_ids=cell_ids)
-    return [kind(**row) for row in read.to_pylist()]
+def _of_items(metric: str) -> bool:
+    """'acc', 'exact_match,strict-match', 'arc_easy acc'."""
+    return metric.partition(",")[0].rpartition(" ")[2] in RIGHT
 
 
-def sort_key(cell: CellRow) -> tuple[Any, ...]:
-    """Baseline, then widths falling, groups from per-channel down, recipe, seed."""
-    try:
-        scheme = parse_scheme(cell.scheme)
-        widths = (-scheme.weight, -scheme.linear_in, -scheme.kv_cache)
-    except InvalidInput:
-        widths = (0, 0, 0)  # a scheme of a newer version; last
-    group = (cell.group_size != -1, -cell.group_size)
-    seed = -1 if cell.seed is None else cell.seed
-    return (cell.recipe != "baseline", widths, cell.scheme, group, cell.recipe, seed, cell.cell_id)
+def _targets(
+    cells: Mapping[str, CellRow], groups: Mapping[Key, Mapping[str, Sequence[MetricRow]]]
+) -> dict[Key, Target]:
+    """By (fingerprint, eval_id)."""
+    return {
+        key: target_of((metric for metrics in group.values() for metric in metrics), _baseline(cells, group))
+        for key, group in groups.items()
+    }
 
 
-def parsed(text: str | None, default: Any) -> Any:
-    """A JSON column, or the default where an older or broken row holds none."""
-    try:
-        value = json.loads(text or "")
-    except ValueError:
-        return default
-    return value if isinstance(value, type(default)) else default
-
-
-def label(cell: CellRow) -> str:
-    """As qfarm.matrix.Cell.label: 'gptq (act_order=true) w4 g128'."""
-    variant = _given(cell)
-    options = f" ({variant})" if variant else ""
-    group = "" if cell.group_size == -1 else f" g{cell.group_size}"
-    seed = f" seed {cell.seed}" if cell.seed else ""
-    return f"{cell.recipe}{options} {cell.scheme}{group}{seed}"
+def _baseline(cells: Mapping[str, CellRow], group: Iterable[str]) -> str | None:
+    """One per model and evaluation, since the protocol holds whatever tells baselines apart."""
+    return min((cell_id for cell_id in group if cells[cell_id].recipe == "baseline"), default=None)
 
 
 def _pairings(
-    store: Readable, cells: Mapping[str, CellRow], evaluations: Mapping[str, Mapping[str, object]]
-) -> dict[tuple[str, str], Pairing]:
-    """Of one model's cells; one baseline per evaluation, since the protocol holds whatever tells baselines apart."""
-    baselines = {
-        eval_id: min(cell_id for cell_id in group if cells[cell_id].recipe == "baseline")
-        for eval_id, group in evaluations.items()
-        if any(cells[cell_id].recipe == "baseline" for cell_id in group)
-    }
-    others = {cell_id for group in evaluations.values() for cell_id in group} - set(baselines.values())
-    return pair_with_baselines(store, baselines, others) if baselines else {}
+    store: Readable,
+    cells: Mapping[str, CellRow],
+    groups: Mapping[Key, Mapping[str, object]],
+    targets: Mapping[Key, Target],
+) -> dict[Key, Pairing]:
+    """By (cell_id, eval_id), model by model."""
+    found: dict[Key, Pairing] = {}
+    for fingerprint in sorted({key[0] for key in groups}):
+        here = {eval_id: group for (owner, eval_id), group in groups.items() if owner == fingerprint}
+        baselines = {eval_id: one for eval_id, group in here.items() if (one := _baseline(cells, group))}
+        others = {cell_id for group in here.values() for cell_id in group} - set(baselines.values())
+        of_model = {eval_id: targets[fingerprint, eval_id] for eval_id in here}
+        if baselines and others:
+            found |= pair_with_baselines(store, baselines, others, of_model)
+    return found
 
 
 def _table(
-    key: tuple[str, str],
+    key: Key,
     group: Mapping[str, Sequence[MetricRow]],
     cells: Mapping[str, CellRow],
     attempts: Mapping[str, Attempt],
-    pairings: Mapping[tuple[str, str], Pairing],
+    pairings: Mapping[Key, Pairing],
+    target: Target,
 ) -> Table:
     fingerprint, eval_id = key
     members = sorted((cells[cell_id] for cell_id in group), key=sort_key)
     variants = _variants(members)
+    whole = max(units_used({metric.metric: metric for metric in group[cell.cell_id]}) for cell in members)
     rows = [
         _row(
             cell,
@@ -185,6 +131,7 @@ def _table(
             group[cell.cell_id],
             attempts.get(group[cell.cell_id][0].attempt_id),
             pairings.get((cell.cell_id, eval_id), Pairing()),
+            whole,
         )
         for cell in members
     ]
@@ -195,34 +142,96 @@ def _table(
         evaluation=first.evaluation,
         eval_id=eval_id,
         protocol=parsed(first.protocol, {}),
-        rows=tuple(_adjusted(rows)),
+        rows=tuple(rows),
         remarks=() if rows[0].is_baseline else ("no baseline was measured under this protocol",),
+        measure=target.measure,
     )
 
 
-def _row(cell: CellRow, variant: str, metrics: Sequence[MetricRow], attempt: Attempt | None, pairing: Pairing) -> Row:
-    return Row(
+def _row(
+    cell: CellRow,
+    variant: str,
+    metrics: Sequence[MetricRow],
+    attempt: Attempt | None,
+    pairing: Pairing,
+    whole: int,
+) -> Row:
+    row = Row(
         cell=cell,
         variant=variant,
         metrics={metric.metric: metric for metric in metrics},
         difference=pairing.difference,
         remark=pairing.remark,
-        adjusted_p=None,
+        complete=pairing.complete,
         wall_s=attempt.wall_s if attempt else None,
         notes=tuple(map(str, parsed(attempt.notes, []))) if attempt else (),
     )
+    if row.stopped is None:
+        return row
+    remark = f"stopped early, on {row.stopped:,} of {whole:,} windows: not ranked"
+    return dataclasses.replace(row, difference=_untested(row.difference), remark=remark, complete=False)
 
 
-def _adjusted(rows: Sequence[Row]) -> list[Row]:
-    """Rows with their p values adjusted; the family is the table."""
+def _untested(difference: Difference | None) -> Difference | None:
+    """What was seen until a sequential test stopped it: its size is no estimate that an interval could hold."""
+    return difference and dataclasses.replace(difference, standard_error=None, low=None, high=None, p=None)
 
-    def p_value(row: Row) -> float | None:
-        found = row.difference
-        return found.p if found and found.clusters >= MARK_CLUSTERS else None
 
-    family = [p for row in rows if (p := p_value(row)) is not None]
-    adjusted = iter(holm(family))
-    return [row if p_value(row) is None else dataclasses.replace(row, adjusted_p=float(next(adjusted))) for row in rows]
+def _measured_baseline(table: Table, targets: Mapping[Key, Target]) -> Baseline:
+    return Baseline(
+        fingerprint=table.fingerprint,
+        eval_id=table.eval_id,
+        cell_id=table.rows[0].cell.cell_id,
+        protocol=table.protocol,
+        target=targets[table.fingerprint, table.eval_id],
+    )
+
+
+# -- judging ----------------------------------------------------------------------------------------------------------
+
+
+def _judged(
+    table: Table, floor: NumericFloor | None, attempts: Mapping[str, Attempt], given: Mapping[str, Margin]
+) -> Table:
+    provenance = {
+        row.cell.cell_id: parsed(attempt.provenance, {})
+        for row in table.rows
+        if row.metrics and (attempt := attempts.get(next(iter(row.metrics.values())).attempt_id))
+    }
+    margin, remarks = given.get(table.measure), list[str]()
+    if margin is None:
+        margin, remarks = _stored_margin(table, [made.get("margin") for made in provenance.values()])
+    remarks += _devices(table, provenance)
+    found = judged(table, margin, floor.amount if floor else None, floor.source if floor else NOT_KNOWN)
+    return dataclasses.replace(found, remarks=(*table.remarks, *remarks))
+
+
+def _stored_margin(table: Table, stored: Iterable[object]) -> tuple[Margin | None, list[str]]:
+    """The margin that the jobs gave; of several the narrowest."""
+    texts = {str(given[table.measure]) for given in stored if isinstance(given, Mapping) and table.measure in given}
+    margins, remarks = [], []
+    for text in sorted(texts):
+        try:
+            margins.append(parse_margin(table.measure, text))
+        except InvalidInput as error:
+            remarks.append(str(error))
+    margins.sort(key=lambda margin: margin.amount)
+    if len(margins) > 1:
+        remarks.append(f"jobs gave several margins ({', '.join(m.text for m in margins)}): the narrowest is used")
+    return (margins[0] if margins else None), remarks
+
+
+def _devices(table: Table, provenance: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """Rows measured on another kind of device than the baseline: compared, but not without a word."""
+    kinds = {cell_id: str(made.get("gpu") or "CPU") for cell_id, made in provenance.items()}
+    baseline = kinds.get(table.rows[0].cell.cell_id)
+    if baseline is None or not table.rows[0].is_baseline:
+        return []
+    others = collections.Counter(kind for kind in kinds.values() if kind != baseline)
+    return [
+        f"{plural(count, 'row')} measured on {kind}, the baseline on {baseline}: differences hold the devices' rounding"
+        for kind, count in sorted(others.items())
+    ]
 
 
 def _variants(cells: Iterable[CellRow]) -> dict[str, str]:
@@ -237,12 +246,8 @@ def _variants(cells: Iterable[CellRow]) -> dict[str, str]:
         keys = sorted(found - {"model", "variant"})  # one model under two names is still one model
         for cell, spec in zip(group, specs, strict=True):
             options = [f"{key.rpartition('.')[2]}={json.dumps(spec.get(key))}" for key in keys]
-            variants[cell.cell_id] = ", ".join(filter(None, [_given(cell), *options]))
+            variants[cell.cell_id] = ", ".join(filter(None, [given_options(cell), *options]))
     return variants
-
-
-def _given(cell: CellRow) -> str:
-    return str(parsed(cell.spec, {}).get("variant") or "")
 
 
 def _with_protocol_remarks(tables: Sequence[Table]) -> list[Table]:
@@ -266,35 +271,3 @@ def _with_protocol_remarks(tables: Sequence[Table]) -> list[Table]:
         shown = remarks[:OTHER_PROTOCOLS_SHOWN] + ([f"and with {more} more"] if more > 0 else [])
         out.append(dataclasses.replace(table, remarks=(*table.remarks, *shown)))
     return out
-
-
-def _failed(
-    cells: Mapping[str, CellRow], attempts: Iterable[Attempt], finished: Set[tuple[str, str]]
-) -> list[FailedCell]:
-    """`finished` holds (cell_id, eval_id): what another attempt has measured is not missing."""
-    measured = {cell_id for cell_id, _ in finished}
-    tries: dict[str, list[Attempt]] = collections.defaultdict(list)
-    for attempt in attempts:
-        tries[attempt.cell_id].append(attempt)
-    failed = []
-    for cell_id, group in tries.items():
-        last = max(group, key=lambda attempt: (attempt.started, attempt.number))
-        wanted = parsed(last.evaluations, [])
-        missing = (
-            any((cell_id, str(eval_id)) not in finished for eval_id in wanted) if wanted else cell_id not in measured
-        )
-        if last.outcome == "ok" or not missing:
-            continue
-        cell = cells.get(cell_id)
-        failed.append(
-            FailedCell(
-                cell_id=cell_id,
-                model=cell.model if cell else last.model,
-                label=label(cell) if cell else last.label,
-                kind=last.outcome,
-                stage=last.stage,
-                error=plain(last.error or ""),
-                attempts=len(group),
-            )
-        )
-    return sorted(failed, key=lambda cell: (cell.kind, cell.model, cell.label, cell.cell_id))

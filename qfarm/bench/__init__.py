@@ -1,0 +1,1 @@
+"""Benchmarks: what is measured for people, never asserted by tests."""

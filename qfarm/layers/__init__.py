@@ -1,0 +1,1 @@
+"""Layers: quantizers inside a running model, at linear inputs, in attention and in the KV cache."""

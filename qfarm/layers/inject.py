@@ -1,0 +1,85 @@
+"""Injection: every way of calling the model uses a quantized KV cache.
+
+A hook before the decoder's forward gives it a fresh quantized cache where it has none: one per independent forward.
+An empty default cache gets quantized layers in place, so that a caller who holds it (generation, or an evaluator that
+reads a shared prefix once) goes on with what was stored. Any other cache is refused, since the model would run
+unquantized. The hook stands at the decoder rather than at the causal-LM module, so that the body alone is covered.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from qfarm.errors import InvalidInput, ModelError
+from qfarm.layers.cache import QuantizedLayer
+from qfarm.models.load import LoadedModel
+
+MakeLayer = Callable[[], QuantizedLayer]
+KNOWN_KINDS = {"full_attention", "sliding_attention"}  # of decoder blocks; the mask enforces a sliding window
+PROBE_TOKENS = 2048  # at which stored bits are counted
+
+
+def install_cache(loaded: LoadedModel, makers: Sequence[MakeLayer]) -> None:
+    """Use caches of these layers, one maker per block, until the model is restored. Raises ModelError."""
+    unknown = sorted(set(getattr(loaded.model.config, "layer_types", None) or ()) - KNOWN_KINDS)
+    if unknown:
+        raise ModelError(f"a quantized KV cache needs plain attention; the model has {', '.join(unknown)} blocks")
+    handle = loaded.decoder.register_forward_pre_hook(functools.partial(_inject, loaded, makers), with_kwargs=True)
+    loaded.on_restore(handle.remove)
+    for block, make in enumerate(makers):
+        if make().pre_rope:
+            hook = functools.partial(_hand_over_rotation, block)
+            handle = loaded.attention(block).register_forward_pre_hook(hook, with_kwargs=True)
+            loaded.on_restore(handle.remove)
+
+
+def _inject(
+    loaded: LoadedModel, makers: Sequence[MakeLayer], module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    given = kwargs.get("past_key_values")
+    if _is_quantized(given):
+        return args, kwargs
+    if given is not None and not (type(given) is DynamicCache and given.get_seq_length() == 0):
+        raise InvalidInput(f"a {type(given).__name__} was passed to a model whose KV cache is quantized")
+    mask = kwargs.get("attention_mask")
+    starts = mask.argmax(dim=1) if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    layers = [make() for make in makers]
+    for layer in layers:
+        layer.prefill, layer.starts = loaded.prefill, starts
+    if given is None:
+        return args, kwargs | {"past_key_values": Cache(layers=layers)}
+    given.layers[:] = layers
+    return args, kwargs
+
+
+def _is_quantized(cache: Cache | None) -> bool:
+    return cache is not None and any(isinstance(layer, QuantizedLayer) for layer in cache.layers)
+
+
+def _hand_over_rotation(block: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Caches are told keys only; those that undo the rotary embedding need its cos and sin."""
+    past = kwargs.get("past_key_values")
+    if past is not None and _is_quantized(past):
+        past.layers[block].rotation = kwargs.get("position_embeddings")
+
+
+@torch.no_grad()
+def stored_bits(loaded: LoadedModel, makers: Sequence[MakeLayer], tokens: int = PROBE_TOKENS) -> float:
+    """Stored bits per cached number of one sequence, metadata included, by writing normal noise to real layers."""
+    width = loaded.head_dim
+    noise = torch.Generator().manual_seed(0)
+    total = count = 0
+    for block, make in enumerate(makers):
+        heads = loaded.linears(block)["k"].out_features // width
+        tensor = torch.randn(1, heads, tokens, width, generator=noise).to(loaded.device, loaded.dtype)
+        layer = make()
+        layer.append(tensor, tensor)
+        total += layer.stored_bytes()
+        count += 2 * tensor.numel()
+    return 8 * total / count

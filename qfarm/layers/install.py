@@ -1,0 +1,131 @@
+"""Install: put the quantizers of a recipe where the scheme wants them, round the rest to nearest."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+from qfarm.errors import QfarmError
+from qfarm.layers.attention import add_to_sites
+from qfarm.layers.cache import RTNLayer, SimulatedLayer
+from qfarm.layers.inject import MakeLayer, install_cache, stored_bits
+from qfarm.layers.linear import Multiplier, by_sequence, head_rows, quantize_input, transform_output
+from qfarm.layers.rtn import Quantizer, rtn_quantizer
+from qfarm.layers.sites import TENSORS, Observed, Place
+from qfarm.models.load import LoadedModel
+from qfarm.recipe import ActivationMethod, CacheMethod, Recipe
+from qfarm.scheme import Scheme
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Installed:
+    """What was installed beside the weights."""
+
+    causal: bool | None  # no quantizer looks across tokens; None: nothing was installed
+    kv_bits: float | None  # stored bits per cached number; None: the cache is not quantized, or simulated only
+    notes: tuple[str, ...] = ()
+    reports: tuple[Callable[[], list[str]], ...] = ()  # more notes, once everything has been evaluated
+
+
+def install_sites(loaded: LoadedModel, recipe: Recipe, scheme: Scheme, observed: Observed) -> Installed:
+    """Install all of the scheme's sites except the weights. `restore` of the model removes them."""
+    wanted = scheme.sites - {"weight"}
+    if not wanted:
+        return Installed(causal=None, kv_bits=None)
+    methods = {site: _claimant(recipe, site) for site in wanted}
+    notes: list[str] = []
+    reports: list[Callable[[], list[str]]] = []
+    kv_bits = None
+    for site in sorted(wanted):
+        method, bits = methods[site], getattr(scheme, site)
+        if site == "kv_cache" and (method is None or isinstance(method, CacheMethod)):
+            makers = _cache_makers(loaded, method, bits, observed)
+            kv_bits = stored_bits(loaded, makers)
+            install_cache(loaded, makers)
+        else:
+            assert method is None or isinstance(method, ActivationMethod)
+            notes += _install_tensors(loaded, method, site, bits, observed, reports)
+    return Installed(
+        causal=all(method is None or method.causal for method in methods.values()),
+        kv_bits=kv_bits,
+        notes=tuple(notes),
+        reports=tuple(reports),
+    )
+
+
+def _claimant(recipe: Recipe, site: str) -> ActivationMethod | CacheMethod | None:
+    """The step that quantizes this site; None: round to nearest."""
+    claiming = next((method for method in recipe.methods if site in method.claims), None)
+    if claiming is not None and not isinstance(claiming, ActivationMethod | CacheMethod):
+        raise QfarmError(f"{claiming.name} claims {site}, but has no step that quantizes it")
+    return claiming
+
+
+def _cache_makers(loaded: LoadedModel, method: CacheMethod | None, bits: int, observed: Observed) -> list[MakeLayer]:
+    if method is None:
+        return [functools.partial(RTNLayer, bits)] * len(loaded.blocks)
+    return [method.cache_layer(block, bits, observed) for block in range(len(loaded.blocks))]
+
+
+def _install_tensors(
+    loaded: LoadedModel,
+    method: ActivationMethod | None,
+    site: str,
+    bits: int,
+    observed: Observed,
+    reports: list[Callable[[], list[str]]],
+) -> list[str]:
+    left: dict[str, list[int]] = {}
+    found: dict[Place, Quantizer] = {}
+    for place in _places(loaded, site):
+        if method is None:
+            quantize: Quantizer | None = rtn_quantizer(place.site, bits)
+        else:
+            quantize = method.quantizer(place, bits, observed)
+        if quantize is None:
+            left.setdefault(" ".join(filter(None, [place.site, place.role])), []).append(place.layer)
+        else:
+            across = method is not None and not method.causal and site == "linear_in"
+            alone = across and not isinstance(quantize, Multiplier)
+            found[place] = by_sequence(loaded, place.layer, quantize) if alone else quantize
+    if not found:
+        raise QfarmError(f"{method.name if method else 'rtn'} claims {site} but quantizes nothing there")
+    for block in range(len(loaded.blocks)):
+        _install_block(loaded, block, {place: q for place, q in found.items() if place.layer == block})
+    _install_simulated_cache(loaded, found)
+    if method is not None:
+        reports.append(functools.partial(method.report, found))
+    # The three ways into the cache exclude each other, so what is not used there is not left alone.
+    if method is None or site == "kv_cache":
+        return []
+    return [f"{method.name} leaves {what} of layers {layers} at 16 bits" for what, layers in left.items()]
+
+
+def _places(loaded: LoadedModel, site: str) -> Iterator[Place]:
+    for tensor in TENSORS[site]:
+        for block in range(len(loaded.blocks)):
+            roles: Sequence[str] = tuple(loaded.architecture.roles) if tensor == "linear_in" else ("",)
+            for role in roles:
+                yield Place(tensor, block, role)
+
+
+def _install_block(loaded: LoadedModel, block: int, found: dict[Place, Quantizer]) -> None:
+    for place, quantize in found.items():
+        if place.site == "linear_in":
+            quantize_input(loaded, block, place.role, quantize)
+        elif place.site == "k_pre_rope":
+            transform_output(loaded, loaded.key_maker(block), head_rows(quantize, loaded.head_dim))
+        elif place.site in ("q", "probs"):
+            add_to_sites(loaded, block, **{place.site: quantize})
+
+
+def _install_simulated_cache(loaded: LoadedModel, found: dict[Place, Quantizer]) -> None:
+    """Keys and values are quantized once, when they are written, whatever the length of the history."""
+    if not any(place.site in ("k", "v") for place in found):
+        return
+    makers: list[MakeLayer] = [
+        functools.partial(SimulatedLayer, found.get(Place("k", block)), found.get(Place("v", block)))
+        for block in range(len(loaded.blocks))
+    ]
+    install_cache(loaded, makers)

@@ -1,0 +1,81 @@
+"""RTN of activations: uniform grids fitted anew at every call, one per row of the last axis.
+
+    symmetric    s = max|x| / (2^(b-1) - 1)          x_hat = s clamp(round(x / s), +-(2^(b-1) - 1))
+    asymmetric   s = (max(x, 0) - min(x, 0)) / (2^b - 1)   z = round(-min(x, 0) / s)
+                 x_hat = s (clamp(round(x / s) + z, 0, 2^b - 1) - z)
+    unsigned     the asymmetric grid of what is never negative: s = max(x) / (2^b - 1), z = 0
+
+Arithmetic is float32, rounding half to even, the result is cast back to the dtype of x. A row of zeros comes out as
+zeros. NaN and Inf come out as NaN, for the evaluation to find. A row is a token (linear inputs), a token of a head
+(queries, keys, values) or a query of a head (probabilities), so no quantizer here looks at another token.
+
+Raise the version in `qfarm.layers.sites` when a rule changes results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Quantizer = Callable[[Tensor], Tensor]  # any shape, rows on the last axis; same shape and dtype out; holds no state
+TINY = torch.finfo(torch.float32).tiny  # below the smallest normal number a scale would lose its precision
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Symmetric:
+    """Round to nearest on a symmetric grid of the restricted range."""
+
+    bits: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        values = x.float()
+        top = 2.0 ** (self.bits - 1) - 1
+        scale = (values.abs().amax(dim=-1, keepdim=True) / top).clamp(min=TINY)
+        return (torch.round(values / scale).clamp(-top, top) * scale).to(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asymmetric:
+    """Round to nearest on a grid that reaches from the smallest to the largest value and contains zero."""
+
+    bits: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        values = x.float()
+        scale, zero = asymmetric_grid(values, self.bits)
+        return ((asymmetric_codes(values, scale, zero, self.bits) - zero) * scale).to(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unsigned:
+    """Round to nearest on a grid from zero up, for values that are never negative."""
+
+    bits: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        values = x.float()
+        top = 2.0**self.bits - 1
+        scale = (values.amax(dim=-1, keepdim=True) / top).clamp(min=TINY)
+        return (torch.round(values / scale).clamp(0, top) * scale).to(x.dtype)
+
+
+def asymmetric_grid(values: Tensor, bits: int, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Scale and zero [..., 1], float32, of rows [..., n] in float32; the scale has the precision of its storage."""
+    low = values.amin(dim=-1, keepdim=True).clamp(max=0)
+    high = values.amax(dim=-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / (2.0**bits - 1)
+    scale = scale.clamp(min=torch.finfo(scale_dtype).tiny).to(scale_dtype).float()
+    return scale, torch.round(-low / scale).clamp(0, 2.0**bits - 1)
+
+
+def asymmetric_codes(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Codes in 0 .. 2^bits - 1, float32."""
+    return (torch.round(values / scale) + zero).clamp(0, 2.0**bits - 1)
+
+
+def rtn_quantizer(site: str, bits: int) -> Quantizer:
+    """The quantizer of a site that no method claims."""
+    return Unsigned(bits=bits) if site == "probs" else Symmetric(bits=bits)

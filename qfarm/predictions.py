@@ -1,0 +1,150 @@
+"""Predictions: a model reads windows; each prediction is scored, and compared with the baseline's for the same token.
+
+Full logits are never stored: the baseline's final hidden states at the predicted positions are kept in the cache, flat
+[predictions, hidden], and its output head is applied to them again.
+
+Windows are visited in one random order that all cells of an evaluation share, so that what was seen when an evaluation
+ends early is a random sample. Which windows share a forward pass is fixed by the text's order, because the batch's
+shape can move the last bits of a loss: a result does not depend on the order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qfarm import cache, divergence
+from qfarm.betting import shared_order
+from qfarm.errors import NonFinite
+from qfarm.matrix import canonical_hash
+from qfarm.windows import Rolling, Windows, batches
+
+if TYPE_CHECKING:
+    from qfarm.worker import Session
+
+BATCH_TOKENS = 2048  # per forward pass; fixed, since the batch's shape can move the last bits of a loss
+# Elements of one chunk of logits: a few tokens at once make the head's product slow, all of them take gigabytes.
+LOGIT_BUDGET = {"cpu": 1 << 22, "cuda": 1 << 27}
+HIDDEN = "hidden"  # cache folder of baselines' hidden states
+
+# Per predicted position of one window, float64 [predictions]: loss and so on, by the ledger's names.
+Columns = dict[str, NDArray[np.float64]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spans:
+    """Where the predictions of each window lie: in the window, and in the flat sequence of all predictions."""
+
+    first: tuple[int, ...]  # by window: the first predicted position
+    offsets: NDArray[np.int64]  # [windows + 1]
+
+    @classmethod
+    def of(cls, windows: Windows | Rolling) -> Spans:
+        first = [0] * len(windows.rows)
+        for piece in reversed(windows.pieces):
+            first[piece.window] = piece.start
+        counts = [len(row) - start for row, start in zip(windows.rows, first, strict=True)]
+        return cls(tuple(first), np.concatenate([[0], np.cumsum(counts)]))
+
+    def flat(self, window: int) -> slice:
+        return slice(int(self.offsets[window]), int(self.offsets[window + 1]))
+
+
+def visiting_order(session: Session, windows: Windows | Rolling) -> list[range]:
+    """Batches of windows in the order that all cells of the session's evaluation share."""
+    found = batches(windows.rows, BATCH_TOKENS >> session.shrink)
+    return [found[index] for index in shared_order(session.evaluation, len(found))]
+
+
+@torch.no_grad()
+def hidden_states(session: Session, windows: Windows | Rolling, batch: range, spans: Spans) -> Iterator[Tensor]:
+    """Final hidden states [predictions, hidden] of each window of a batch, where the next token is predicted."""
+    ids = torch.stack([windows.rows[index][: windows.reach] for index in batch])
+    states = session.loaded.body(ids.to(session.loaded.device))
+    for index, window in zip(batch, states, strict=True):
+        yield window[spans.first[index] - 1 : len(windows.rows[index]) - 1]
+
+
+@torch.no_grad()
+def score(session: Session, hidden: Tensor, targets: Tensor, before: Tensor | None) -> Columns:
+    """One window's figures: its hidden states [predictions, hidden], the baseline's likewise, targets [predictions].
+
+    Raises NonFinite when a figure is not finite.
+    """
+    head = session.loaded.head
+    targets = targets.to(hidden.device)
+    chunk = max(16, (LOGIT_BUDGET[session.device.type] >> session.shrink) // head.weight.shape[0])
+    parts = []
+    for start in range(0, len(targets), chunk):
+        part = slice(start, start + chunk)
+        logits_before = None if before is None else session.baseline_head(before[part].to(hidden.device))
+        parts.append(divergence.score(head(hidden[part]), targets[part], logits_before))
+    columns = {name: torch.cat([part[name] for part in parts]).double().cpu().numpy() for name in parts[0]}
+    for name, values in columns.items():
+        if not np.isfinite(values).all():
+            raise NonFinite(f"{name} is not finite")
+    return columns
+
+
+class BaselineStates:
+    """The baseline's hidden states in the cache, held open: the cache may drop the file to make room for another's."""
+
+    def __init__(self, path: Path) -> None:
+        self._states: Any = safe_open(path, framework="pt").get_slice(HIDDEN)  # type: ignore[no-untyped-call]
+
+    def __getitem__(self, part: slice) -> Tensor:
+        states: Tensor = self._states[part.start : part.stop]
+        return states
+
+
+class Keeper:
+    """Collects a baseline's hidden states, in whatever order they come."""
+
+    def __init__(self, session: Session, windows: Windows | Rolling, spans: Spans) -> None:
+        self.session, self.windows, self.spans = session, windows, spans
+        self._states: Tensor | None = None
+
+    def keep(self, window: int, hidden: Tensor) -> None:
+        if self._states is None:
+            self._states = torch.empty(int(self.spans.offsets[-1]), hidden.shape[1], dtype=hidden.dtype)
+        self._states[self.spans.flat(window)] = hidden.cpu()
+
+    def save(self) -> Path:
+        assert self._states is not None
+        states = self._states
+        name = _hidden_name(self.session, self.windows)
+        return cache.publish_file(HIDDEN, name, lambda part: save_file({HIDDEN: states}, part))
+
+
+def baseline_states(session: Session, windows: Windows | Rolling, label: str) -> BaselineStates:
+    """The session's baseline on these windows; computed, with a note, where the cache lacks it.
+
+    To be called while the model is still the original one.
+    """
+    path = cache.find_file(HIDDEN, _hidden_name(session, windows))
+    if path is None:
+        session.note(f"{label}: the baseline's hidden states are not in this machine's cache; computed again")
+        spans = Spans.of(windows)
+        keeper = Keeper(session, windows, spans)
+        for batch in visiting_order(session, windows):
+            for window, hidden in zip(batch, hidden_states(session, windows, batch, spans), strict=True):
+                keeper.keep(window, hidden)
+        path = keeper.save()
+    return BaselineStates(path)
+
+
+def _hidden_name(session: Session, windows: Windows | Rolling) -> str:
+    cell = session.cell
+    identity = [cell.fingerprint, cell.dtype, windows.digest, BATCH_TOKENS, session.device.type, session.loaded.chunk]
+    if session.loaded.chunk is not None:
+        identity.append(session.loaded.chunk)
+    return f"{canonical_hash(identity)}.safetensors"

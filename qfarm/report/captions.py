@@ -1,0 +1,160 @@
+"""Captions: the words over and under the report's tables, which say what its numbers rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from qfarm.report.figures import number, plain, plural
+from qfarm.report.rows import ID_SHOWN, FailedCell, Row, Table, units_used
+from qfarm.stats import FAMILY_ALPHA, INTERVAL_CLUSTERS, LEVEL, MARK_CLUSTERS, STRONG_ALPHA, Difference
+
+ROWS_SHOWN = 50  # of one table in a terminal
+ERROR_SHOWN = 300  # characters of an error's one line
+BEST_SHOWN = 8
+POOLS_SHOWN = 3  # of recipes and schemes with several seeds
+LEGEND = (
+    "stored: bits per weight of the quantized layers, scales and zeros included. change: of perplexity per token "
+    "against the baseline; points: of accuracy. KL: nats per token, baseline against cell (KL back: the reverse). "
+    "agree: positions whose most probable token is the baseline's; right: is the true one; lost, gained: right only "
+    "before, only now; flips: both. time: the attempt that measured the row. `qfarm show CELL` tells all about a cell, "
+    "`qfarm compare CELL CELL` about two."
+)
+
+
+def title(table: Table) -> str:
+    return f"{plain(table.model)} · {plain(table.evaluation)}"
+
+
+def over_seeds(table: Table) -> str:
+    return "over seeds: means, and intervals for other calibration samples and other text"
+
+
+def caption(table: Table) -> Iterator[str]:
+    yield _measured(table)
+    differences = [row.difference for row in table.rows if row.difference and row.stopped is None]
+    if differences:
+        yield _meaning(table, min(difference.clusters for difference in differences))
+        yield from _family(table)
+        yield from _best(table)
+        yield _noise(table, differences)
+    for row in table.rows[:ROWS_SHOWN]:
+        for text in (row.remark, *row.notes):
+            if text:
+                yield f"{plain(row.name)} {plain(row.cell.scheme)}: {plain(text, ERROR_SHOWN)}"
+    yield from (plain(text, ERROR_SHOWN) for text in table.remarks)
+    hidden = len(table.rows) - ROWS_SHOWN
+    if hidden > 0:
+        yield f"{plural(hidden, 'more row')} than a terminal shows: --format csv has all"
+
+
+def _measured(table: Table) -> str:
+    """'141 windows, 62 clusters; perplexity, text wikitext2, length 2048; bfloat16, fake quantization; ...'"""
+    metrics = [metric for row in table.rows for metric in row.metrics.values()]
+    unit = "window" if table.protocol.get("evaluator") == "perplexity" else "item"
+    counts = [plural(max(units_used(row.metrics) for row in table.rows), unit)]
+    clusters = [metric.clusters for metric in metrics if metric.clusters is not None]
+    if clusters:
+        counts.append(plural(max(clusters), "cluster"))
+    options = table.protocol.get("options")
+    said = options.items() if isinstance(options, dict) else ()
+    words = [f"{key} {value}" for key, value in said if value is not None and not isinstance(value, bool)]
+    words += [str(table.protocol[key]) for key in ("dtype",) if table.protocol.get(key)]
+    run = table.protocol.get("run")
+    words += [f"{run} quantization"] if run else []
+    return plain(f"{', '.join(counts)}; {', '.join([*words, f'protocol {table.eval_id[:ID_SHOWN]}'])}")
+
+
+def _meaning(table: Table, clusters: int) -> str:
+    """What the interval answers, and what it leaves out."""
+    if clusters < INTERVAL_CLUSTERS:
+        return f"paired by document; no intervals below {INTERVAL_CLUSTERS} clusters"
+    words = [
+        f"{100 * LEVEL:g} % intervals paired by document: how far the change would move on other text of this kind"
+    ]
+    seeds = {row.cell.seed for row in table.rows} - {None}
+    if seeds:
+        words.append(f"{'1 seed' if len(seeds) == 1 else 'each row is one seed'}: calibration noise not included")
+    if clusters < MARK_CLUSTERS:
+        words.append(f"no marks below {MARK_CLUSTERS} clusters")
+    return "; ".join(words)
+
+
+def _family(table: Table) -> Iterator[str]:
+    """What the marks mean, and how many small p values are no news."""
+    family = plural(table.family, "cell")
+    if any(row.marked for row in table.rows):
+        yield (
+            f"* differs from the baseline: Holm-adjusted p < {FAMILY_ALPHA} over {family} of this table"
+            + (f", ** p < {STRONG_ALPHA}" if any("**" in row.mark for row in table.rows) else "")
+        )
+    if table.margin and not table.family:
+        yield f"margin {table.margin.text}: not tested below {MARK_CLUSTERS} clusters"
+    elif table.margin:
+        yield (
+            f"= within {table.margin.text} of the baseline, the margin fixed in the job or on the command line: "
+            f"equivalence test, Holm over {family}"
+        )
+    tested = table.tested
+    if len(tested) > 1:
+        small, expected = sum(p < FAMILY_ALPHA for p in tested), FAMILY_ALPHA * len(tested)
+        yield f"{small} of {len(tested)} with unadjusted p below {FAMILY_ALPHA}; {expected:.2g} expected by chance"
+
+
+def _best(table: Table) -> Iterator[str]:
+    ranked = [row for row in table.rows if row.best is not None]
+    if not ranked:
+        return
+    best = list(dict.fromkeys(_name(row) for row in ranked if row.best))
+    more = len(best) - BEST_SHOWN
+    names = ", ".join(best[:BEST_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    yield f"not shown worse than the best (|): {names}; no claim that these are equal"
+    if table.left_out:
+        yield f"{plural(table.left_out, 'row')} without a place: too few clusters, or not on all of the documents"
+
+
+def _name(row: Row) -> str:
+    group = "" if row.cell.group_size == -1 else f" g{row.cell.group_size}"
+    return f"{plain(row.name)} {plain(row.cell.scheme)}{group}"
+
+
+def _noise(table: Table, differences: Sequence[Difference]) -> str:
+    """How large differences come from nothing: seeds, arithmetic, too little text."""
+    one = differences[0]
+    floors: list[float] = []
+    words = []
+    largest = sorted(table.noise.seeds.items(), key=lambda pool: -pool[1].variance)
+    for (recipe, scheme), found in largest[:POOLS_SHOWN]:
+        floors.append(2 * 2**0.5 * found.sigma)
+        words.append(
+            f"seeds {_amount(one, floors[-1])} (2 sqrt 2 sigma; sigma {_amount(one, found.sigma)} of {plain(recipe)} "
+            f"{plain(scheme)}, {plural(found.cells, 'cell')}, {found.df} degrees of freedom)"
+        )
+    if table.noise.numeric is None:
+        words.append(f"arithmetic {table.noise.numeric_source}")
+    else:
+        floors.append(table.noise.numeric)
+        words.append(f"arithmetic {_amount(one, table.noise.numeric)} ({table.noise.numeric_source})")
+    detectable = [one.detectable for one in differences if one.detectable is not None]
+    if detectable:
+        floors.append(float(np.median(detectable)))
+        words.append(f"detectable {_amount(one, floors[-1])} (2.8 standard errors, median row)")
+    floor = f" {_amount(one, max(floors))}, the largest of" if floors else ""
+    return f"noise floor{floor}: {'; '.join(words)}"
+
+
+def _amount(difference: Difference, amount: float) -> str:
+    suffix = " points" if difference.unit == "points" else ""
+    return number(difference.show(amount), difference.unit, difference.show(amount)) + suffix
+
+
+def failures(failed: Sequence[FailedCell]) -> Iterator[str]:
+    """A heading and one indented line per cell; nothing when there are none."""
+    if failed:
+        yield f"{plural(len(failed), 'cell')} failed"
+    for cell in failed:
+        name = " ".join(plain(part) for part in (cell.label, cell.model) if part)
+        where = f"{plural(cell.attempts, 'attempt')}, last stage {plain(cell.stage)}"
+        error = plain(cell.error, ERROR_SHOWN) or "no message"
+        yield f"  {plain(cell.kind)}: {plain(cell.cell_id)[:ID_SHOWN]} {name and f'{name} '}({where}): {error}"

@@ -1,0 +1,251 @@
+"""Compare: two cells of a store, evaluation by evaluation, on the documents that both were measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from qfarm.errors import InvalidInput
+from qfarm.margin import Margin, parse_margin
+from qfarm.record import CellRow, MetricRow
+from qfarm.report.changes import DocumentChange, TaskChange, document_changes, task_changes
+from qfarm.report.find import find
+from qfarm.report.floors import NOT_KNOWN, Baseline, NumericFloor, numeric_floors
+from qfarm.report.pairs import Pairing, Readable, Target, pairing_of, shared_pieces
+from qfarm.report.protocols import differing_keys
+from qfarm.report.rows import Attempt, parsed, records
+from qfarm.report.seeds import without_seed
+from qfarm.report.tables import target_of
+from qfarm.stats import ALPHA, Difference, SeedsMean, Verdict, rows_of_seeds, seeds_interval, verdict
+
+_THERE = "the other cell"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairResult:
+    """Two cells under one evaluation."""
+
+    evaluation: str
+    eval_id: str
+    protocol: Mapping[str, Any]
+    metrics: Mapping[str, tuple[MetricRow, MetricRow]]
+    difference: Difference | None
+    remark: str
+    margin: Margin | None
+    verdict: Verdict | None
+    within_margin: bool | None
+    numeric: NumericFloor
+    documents: tuple[DocumentChange, ...]  # the largest changes
+    without_largest: Difference | None  # where one document carries more than half of the total change
+    tasks: tuple[TaskChange, ...]
+    seeds: SeedsMean | None  # over the seeds that both have
+    one_seed: bool  # a seed was drawn, and its noise is not in the interval
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How the first cell differs from the second."""
+
+    first: CellRow
+    second: CellRow
+    results: tuple[PairResult, ...]
+    refused: tuple[tuple[str, str], ...]  # evaluation, and the protocol keys that differ or what is missing
+    provenance: tuple[str, ...]  # "host a against b"
+
+
+def compare(store: Readable, first: str, second: str, margins: Mapping[str, Margin] | None = None) -> Comparison:
+    """Compare two cells, each given by the beginning of its id or by its label.
+
+    Raises InvalidInput when a text names no cell or several, the same cell twice, or a cell without results.
+    """
+    ids = [find(store, text) for text in (first, second)]
+    if ids[0] == ids[1]:
+        raise InvalidInput(f'"{first}" and "{second}" are the same cell, {ids[0]}')
+    cells = {cell.cell_id: cell for cell in records(store, "cells", CellRow)}
+    missing = [text for text, cell_id in zip((first, second), ids, strict=True) if cell_id not in cells]
+    if missing:
+        raise InvalidInput(f'"{missing[0]}" never finished: there is nothing to compare (`qfarm show` tells why)')
+    context = _Context(store, cells, margins or {})
+    one, two = (context.evaluations(cell_id) for cell_id in ids)
+    shared = sorted(set(one) & set(two), key=lambda eval_id: (next(iter(one[eval_id])).evaluation, eval_id))
+    results = tuple(_result(context, ids[0], ids[1], one[eval_id], two[eval_id]) for eval_id in shared)
+    return Comparison(
+        first=cells[ids[0]],
+        second=cells[ids[1]],
+        results=results,
+        refused=tuple(_refused(one, two)),
+        provenance=tuple(_provenance(context, one, two)),
+    )
+
+
+class _Context:
+    """What the store holds of the cells that a comparison looks at."""
+
+    def __init__(self, store: Readable, cells: Mapping[str, CellRow], margins: Mapping[str, Margin]) -> None:
+        self.store, self.cells, self.given = store, cells, margins
+        self._metrics: dict[str, list[MetricRow]] = {}
+
+    def evaluations(self, cell_id: str) -> dict[str, list[MetricRow]]:
+        """Metrics of a cell by eval_id."""
+        if cell_id not in self._metrics:
+            self._metrics[cell_id] = records(self.store, "metrics", MetricRow, [cell_id])
+        found: dict[str, list[MetricRow]] = {}
+        for metric in self._metrics[cell_id]:
+            found.setdefault(metric.eval_id, []).append(metric)
+        return found
+
+    def provenance(self, metrics: Iterable[MetricRow]) -> dict[str, Any]:
+        """Of the attempt that published the metrics."""
+        metric = next(iter(metrics))
+        attempts = records(self.store, "attempts", Attempt, [metric.cell_id])
+        found = {attempt.attempt_id: attempt.provenance for attempt in attempts}
+        return dict(parsed(found.get(metric.attempt_id), {}))
+
+    def margin(self, target: Target, sides: Iterable[Sequence[MetricRow]]) -> Margin | None:
+        """The one given now, else the narrowest that the cells' jobs gave."""
+        if target.measure in self.given:
+            return self.given[target.measure]
+        stored = [(self.provenance(metrics).get("margin") or {}).get(target.measure) for metrics in sides]
+        found = [parse_margin(target.measure, text) for text in stored if text]
+        return min(found, key=lambda margin: margin.amount, default=None)
+
+    def numeric(self, fingerprint: str, eval_id: str) -> NumericFloor:
+        baselines = [
+            Baseline(
+                fingerprint=fingerprint,
+                eval_id=one,
+                cell_id=cell.cell_id,
+                protocol=parsed(metrics[0].protocol, {}),
+                target=target_of(metrics, cell.cell_id),
+            )
+            for cell in sorted(self.cells.values(), key=lambda cell: cell.cell_id)
+            if cell.fingerprint == fingerprint and cell.recipe == "baseline"
+            for one, metrics in sorted(self.evaluations(cell.cell_id).items())
+        ]
+        unknown = NumericFloor(amount=None, source=NOT_KNOWN)
+        return numeric_floors(self.store, baselines).get((fingerprint, eval_id), unknown)
+
+
+def _result(
+    context: _Context, first: str, second: str, ours: Sequence[MetricRow], theirs: Sequence[MetricRow]
+) -> PairResult:
+    eval_id, target = ours[0].eval_id, target_of(theirs, second)
+    pieces = shared_pieces(context.store, (first, eval_id), (second, eval_id), target)
+    pairing = pairing_of(pieces, target, _THERE) if pieces else Pairing(remark="no ledger to compare")
+    stopped = [metric.stopped_early for metric in (*ours, *theirs) if metric.stopped_early is not None]
+    if stopped:
+        pairing = _of_prefix(pairing, min(stopped))
+    difference, margin = pairing.difference, context.margin(target, (ours, theirs))
+    numeric = context.numeric(context.cells[second].fingerprint, eval_id)
+    margin_p = difference.equivalence_p(margin.amount) if difference and margin else None
+    judged = None
+    if difference:
+        in_noise = numeric.amount is not None and abs(difference.delta) < numeric.amount
+        judged = verdict(difference, 1.0 if in_noise and difference.p is not None else difference.p, margin_p)
+    documents, without = document_changes(pieces, target) if difference and pieces else ((), None)
+    by_name = ({metric.metric: metric for metric in side} for side in (ours, theirs))
+    one, two = by_name
+    seeds = _over_seeds(context, first, second, eval_id, target) if difference and not stopped else None
+    return PairResult(
+        evaluation=ours[0].evaluation,
+        eval_id=eval_id,
+        protocol=parsed(ours[0].protocol, {}),
+        metrics={name: (one[name], two[name]) for name in one if name in two},
+        difference=difference,
+        remark=pairing.remark,
+        margin=margin,
+        verdict=judged,
+        within_margin=None if margin_p is None else margin_p < ALPHA,
+        numeric=numeric,
+        documents=documents,
+        without_largest=without,
+        tasks=task_changes(pieces, target) if difference and pieces else (),
+        seeds=seeds,
+        one_seed=seeds is None and any(context.cells[cell].seed is not None for cell in (first, second)),
+    )
+
+
+def _of_prefix(pairing: Pairing, seen: int) -> Pairing:
+    """Of a cell that the hopeless stop ended: what both saw, without an error, since the stop chose the moment."""
+    if pairing.difference is None:
+        return pairing
+    untested = dataclasses.replace(pairing.difference, standard_error=None, low=None, high=None, p=None)
+    return Pairing(difference=untested, remark=f"stopped early: on the {seen:,} windows that were measured; no test")
+
+
+# -- seeds ------------------------------------------------------------------------------------------------------------
+
+
+def _over_seeds(context: _Context, first: str, second: str, eval_id: str, target: Target) -> SeedsMean | None:
+    """Over the calibration samples that both have, paired by their seed; a cell without a seed is the same for all."""
+    found = []
+    for one, two in _seed_pairs(context, first, second, eval_id):
+        pieces = shared_pieces(context.store, (one, eval_id), (two, eval_id), target)
+        if pieces is None or not len(pieces) == pieces.of_first == pieces.of_second:
+            continue
+        difference = pairing_of(pieces, target).difference
+        if difference is not None and difference.influence is not None:
+            found.append(difference)
+    sizes = {one.clusters for one in found}
+    if len(found) < 2 or len(sizes) > 1:
+        return None
+    parts = [one.influence for one in found if one.influence is not None]
+    return seeds_interval(rows_of_seeds([one.delta for one in found], parts))
+
+
+def _seed_pairs(context: _Context, first: str, second: str, eval_id: str) -> list[tuple[str, str]]:
+    def by_seed(cell_id: str) -> dict[int | None, str]:
+        kind = without_seed(context.cells[cell_id])
+        alike = (cell for cell in context.cells.values() if cell.fingerprint == context.cells[cell_id].fingerprint)
+        return {
+            cell.seed: cell.cell_id
+            for cell in sorted(alike, key=lambda cell: cell.cell_id, reverse=True)
+            if without_seed(cell) == kind and eval_id in context.evaluations(cell.cell_id)
+        }
+
+    one, two = by_seed(first), by_seed(second)
+    seeds = sorted(seed for seed in {*one, *two} if seed is not None)
+    pairs = [(one.get(seed, one.get(None)), two.get(seed, two.get(None))) for seed in seeds]
+    return [(a, b) for a, b in pairs if a is not None and b is not None]
+
+
+# -- what cannot be compared ------------------------------------------------------------------------------------------
+
+
+def _refused(
+    one: Mapping[str, Sequence[MetricRow]], two: Mapping[str, Sequence[MetricRow]]
+) -> Iterable[tuple[str, str]]:
+    """Evaluations that only one cell has, with the protocol keys in which the other's nearest differs."""
+    alone = [eval_id for eval_id in one if eval_id not in two]
+    others = [eval_id for eval_id in two if eval_id not in one]
+    for eval_id in sorted(alone, key=lambda eval_id: (one[eval_id][0].evaluation, eval_id)):
+        metric = one[eval_id][0]
+        protocol = parsed(metric.protocol, {})
+        alike = {
+            other: differing_keys(protocol, parsed(two[other][0].protocol, {}))
+            for other in others
+            if parsed(two[other][0].protocol, {}).get("evaluator") == protocol.get("evaluator")
+        }
+        if alike:
+            nearest = min(alike, key=lambda other: (len(alike[other]), other))
+            yield metric.evaluation, "; ".join(alike[nearest]) or "protocols that were not stored"
+            others.remove(nearest)
+        else:
+            yield metric.evaluation, "only the first cell has it"
+    for eval_id in sorted(others, key=lambda eval_id: (two[eval_id][0].evaluation, eval_id)):
+        yield two[eval_id][0].evaluation, "only the second cell has it"
+
+
+def _provenance(
+    context: _Context, one: Mapping[str, Sequence[MetricRow]], two: Mapping[str, Sequence[MetricRow]]
+) -> list[str]:
+    """What differs between the attempts that measured the two; how they were started says nothing."""
+    shared = sorted(set(one) & set(two))
+    if not shared:
+        return []
+    first, second = (context.provenance(side[shared[0]]) for side in (one, two))
+    for name in ("command", "margin"):
+        first.pop(name, None)
+        second.pop(name, None)
+    return differing_keys(first, second)

@@ -1,0 +1,28 @@
+"""Protocols: plain nested data compared key by key, and what forbids to compare two rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def differing_keys(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """'options.length 2048 against 512' for each key on which two protocols disagree."""
+    one, two = flatten(first), flatten(second)
+    return [
+        f"{key} {json.dumps(one.get(key))} against {json.dumps(two.get(key))}"
+        for key in sorted({*one, *two})
+        if one.get(key) != two.get(key)
+    ]
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested plain data as one level: {"a": {"b": [1]}} is {"a.b.0": 1}; what is empty stays as it is."""
+    if not isinstance(value, (Mapping, list)) or not value:
+        return {prefix: value}
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    out: dict[str, Any] = {}
+    for key, part in items:
+        out |= flatten(part, f"{prefix}.{key}" if prefix else str(key))
+    return out

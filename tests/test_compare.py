@@ -1,0 +1,324 @@
+"""`qfarm compare`: two cells of stores whose true differences are known; figures are compared with plain numpy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from qfarm import stats
+from qfarm.cli import main
+from qfarm.errors import InvalidInput
+from qfarm.margin import read_option
+from qfarm.report.compare import compare
+from qfarm.report.compare_text import comparison_json, p_text, render_comparison
+from tests.report_example import (
+    BASELINE,
+    HOSTILE,
+    LABEL,
+    PROTOCOL,
+    RTN,
+    FakeStore,
+    Planted,
+    attempt_row,
+    cell_row,
+    hostile_store,
+)
+
+
+@pytest.fixture
+def planted() -> Planted:
+    """`good` is better than `bad` by 0.03 nats, `like` differs from `good` by nothing on average."""
+    store = Planted()
+    shared = store.noise(0.02)
+    store.cell("1", "good", 0.01 + shared + store.noise(0.005))
+    store.cell("2", "bad", 0.04 + shared + store.noise(0.005))
+    store.cell("3", "like", 0.01 + shared + store.noise(0.02))
+    return store
+
+
+def only_result(found):
+    assert len(found.results) == 1
+    return found.results[0]
+
+
+def said(found, width=80) -> str:
+    text = render_comparison(found, width=width)
+    assert max(map(len, text.splitlines())) <= width
+    return " ".join(text.split())
+
+
+def losses(planted, cell_id):
+    return np.array([row.loss for row in planted.store.rows["documents"] if row.cell_id == cell_id])
+
+
+# -- one pair ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_difference_is_paired_between_the_two(planted):
+    result = only_result(compare(planted.store, "1", "2"))
+    one, two = (losses(planted, cell_id) for cell_id in ("1" * 16, "2" * 16))
+    expected = stats.paired_difference(one, two, planted.tokens, np.arange(141))
+    found = result.difference
+    assert (found.delta, found.standard_error, found.p) == pytest.approx(
+        (expected.delta, expected.standard_error, expected.p), rel=1e-9
+    )
+    assert found.delta == pytest.approx(-0.03) and result.verdict == "better"
+    back = only_result(compare(planted.store, "2", "1"))
+    assert (back.verdict, back.difference.delta) == ("worse", pytest.approx(-found.delta, abs=1e-12))
+
+
+def test_what_is_not_shown_is_undecided_and_not_equal(planted):
+    text = said(compare(planted.store, "good w4 g64", "like w4 g64"))
+    found = only_result(compare(planted.store, "1", "3")).difference
+    detectable = 100 * np.expm1(2.8 * found.standard_error)
+    assert f"undecided, which is not 'equal': {detectable:.2f} % would be found in 80 % of cases" in text
+    assert "141 pieces, 141 clusters, paired" in text
+    within = only_result(compare(planted.store, "1", "3", read_option("perplexity=1%")))
+    assert (within.verdict, within.within_margin) == ("within margin", True)
+    assert "within 1 %, direction undecided" in said(compare(planted.store, "1", "3", read_option("perplexity=1%")))
+
+
+def test_worse_and_within_the_margin_are_no_contradiction(planted):
+    assert "worse, within 4 %" in said(compare(planted.store, "2", "1", read_option("perplexity=4%")))
+
+
+def test_a_margin_of_the_jobs_is_found(planted):
+    planted.store.rows["attempts"][1] = attempt_row("1" * 16, provenance='{"margin": {"perplexity": "1 %"}}')
+    assert only_result(compare(planted.store, "1", "3")).margin.text == "1 %"
+
+
+def test_equal_losses_are_identical(planted):
+    planted.cell("4", "copy", (losses(planted, "1" * 16) - planted.base) / planted.tokens)
+    planted.store.rows["documents"] = [
+        dataclasses.replace(row, loss=float(losses(planted, "1" * 16)[row.window])) if row.cell_id == "4" * 16 else row
+        for row in planted.store.rows["documents"]
+    ]
+    result = only_result(compare(planted.store, "1", "4"))
+    assert result.verdict == "identical" and result.documents == ()
+    assert "identical on 141 pieces" in said(compare(planted.store, "1", "4"))
+
+
+# -- where it comes from ----------------------------------------------------------------------------------------------
+
+
+def test_the_largest_documents_and_their_share_by_hand(planted):
+    result = only_result(compare(planted.store, "1", "3"))
+    d = losses(planted, "1" * 16) - losses(planted, "3" * 16)
+    order = np.argsort(-np.abs(d))[:10]
+    assert [one.document for one in result.documents] == [f"article {i}" for i in order]
+    assert [one.share for one in result.documents] == pytest.approx(list(d[order] / d.sum()))
+    assert only_result(compare(planted.store, "1", "2")).without_largest is None
+
+
+def test_one_document_that_carries_most_is_named_with_the_value_without_it():
+    store = Planted()
+    spike = np.zeros(141)
+    spike[7] = 5.0
+    store.cell("1", "odd", spike + store.noise(0.001))
+    store.cell("2", "plain", 0.0)
+    found = compare(store.store, "1", "2")
+    result = only_result(found)
+    assert result.documents[0].document == "article 7" and result.documents[0].share > 0.9
+    d = (losses(store, "1" * 16) - losses(store, "2" * 16))[np.arange(141) != 7]
+    assert result.without_largest.delta == pytest.approx(d.sum() / (140 * 2047))
+    assert "carries more than half of the total change; without it:" in said(found)
+
+
+def test_a_document_in_two_windows_is_one(planted):
+    store = FakeStore()
+    cells = [cell_row("1" * 16, "a", "w4"), cell_row("2" * 16, "b", "w4")]
+    store.rows["cells"] += cells
+    pieces = [(f"document {i // 2}", i, f"article {i // 2}") for i in range(24)]
+    for cell, loss in zip(cells, (np.arange(24.0), np.zeros(24)), strict=True):
+        store.add(cell, loss, np.full(24, 10), pieces=pieces)
+        store.rows["attempts"].append(attempt_row(cell.cell_id))
+    first = only_result(compare(store, "1", "2")).documents[0]
+    assert (first.document, first.pieces, first.tokens, first.change) == ("article 11", 2, 20, 45.0)
+
+
+# -- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+def items_store(tasks=None) -> FakeStore:
+    store = FakeStore()
+    for cell_id, recipe, right in (("1", "a", np.arange(400) >= 30), ("2", "b", np.arange(400) < 388)):
+        cell = cell_row(cell_id * 16, recipe, "w4")
+        store.rows["cells"].append(cell)
+        store.rows["attempts"].append(attempt_row(cell.cell_id))
+        means = [right[np.asarray(tasks) == task].mean() for task in sorted(set(tasks))] if tasks else [right.mean()]
+        store.add_items(cell, right, tasks=tasks, accuracy=float(np.mean(means)))
+    return store
+
+
+def test_accuracy_shows_both_p_flips_lost_and_gained():
+    found = compare(items_store(), "1", "2")
+    result = only_result(found)
+    assert (result.difference.lost, result.difference.gained) == (30, 12)
+    assert (result.difference.p, result.difference.exact_p) == (stats.mid_p(30, 12), stats.exact_p(30, 12))
+    text = said(found, 100)
+    assert f"McNemar mid-p, p = {stats.mid_p(30, 12):.2g}; McNemar exact p = {stats.exact_p(30, 12):.2g}" in text
+    assert "30 lost (right in the second only), 12 gained (right in the first only)" in text
+    assert "worse" in text and "-4.5 points" in text
+
+
+def test_tasks_are_listed():
+    result = only_result(compare(items_store(["x"] * 100 + ["y"] * 300), "1", "2"))
+    assert [(one.task, one.n, one.lost, one.gained) for one in result.tasks] == [("x", 100, 30, 0), ("y", 300, 0, 12)]
+    assert result.difference.delta == pytest.approx((-0.3 + 0.04) / 2)
+
+
+# -- what forbids a comparison ----------------------------------------------------------------------------------------
+
+
+def test_other_protocols_are_refused_with_the_key_and_both_values(planted):
+    half = PROTOCOL | {"options": PROTOCOL["options"] | {"length": 1024}}
+    other = cell_row("4" * 16, "other", "w4")
+    planted.store.rows["cells"].append(other)
+    planted.store.add(other, planted.base, planted.tokens, eval_id="d" * 16, protocol=half)
+    found = compare(planted.store, "1", "4")
+    assert found.results == () and found.refused == ((LABEL, "options.length 2048 against 1024"),)
+    assert "options.length 2048 against 1024" in said(found)
+    assert json.loads(comparison_json(found))["not_compared"][0]["reason"] == "options.length 2048 against 1024"
+
+
+def test_evaluations_of_one_cell_only_are_named(planted):
+    cell = next(cell for cell in planted.store.rows["cells"] if cell.recipe == "good")
+    planted.store.add_items(cell, np.ones(200))
+    assert compare(planted.store, "1", "2").refused == (("arc_easy", "only the first cell has it"),)
+    assert compare(planted.store, "2", "1").refused == (("arc_easy", "only the second cell has it"),)
+
+
+def test_shared_documents_are_counted_and_too_few_refused(planted):
+    ledger = planted.store.rows["documents"]
+    planted.store.rows["documents"] = [row for row in ledger if not (row.cell_id == "1" * 16 and row.window < 4)]
+    assert only_result(compare(planted.store, "1", "2")).remark == "on 137 of 141 shared pieces"
+    planted.store.rows["documents"] = [
+        dataclasses.replace(row, document=f"other {row.document}")
+        if row.cell_id == "1" * 16 and row.window < 20
+        else row
+        for row in ledger
+    ]
+    result = only_result(compare(planted.store, "1", "2"))
+    assert result.difference is None
+    assert result.remark == "not compared: shares 121 of 141 pieces with the other cell"
+
+
+def test_a_stopped_cell_is_compared_on_what_it_saw_without_a_test(planted):
+    stopped = cell_row("4" * 16, "hopeless", "w2")
+    planted.store.rows["cells"].append(stopped)
+    planted.store.add(stopped, planted.base[:24] + 2000, planted.tokens[:24], stopped_early=24)
+    found = compare(planted.store, "4", "1")
+    result = only_result(found)
+    assert result.difference.n == 24 and result.difference.p is None and result.verdict is None
+    assert "stopped early: on the 24 windows that were measured; no test" in said(found)
+
+
+# -- seeds, noise, provenance -----------------------------------------------------------------------------------------
+
+
+def test_shared_seeds_are_paired():
+    store = Planted()
+    store.replicates("gptq", 0.020, 0.005, start=10)
+    store.replicates("awq", 0.024, 0.005, start=20)
+    store.cell("30", "rtn", 0.10, seed=None)
+    found = only_result(compare(store.store, "10", "20"))
+    y = [losses(store, f"{10 + s}" * 8) - losses(store, f"{20 + s}" * 8) for s in range(3)]
+    expected = stats.seeds_interval(np.array(y) / 2047)
+    assert (found.seeds.value, found.seeds.error) == pytest.approx((expected.value, expected.error), rel=1e-9)
+    assert found.seeds.value == pytest.approx(-0.004)
+    for one, two in (("10", "30"), ("30", "10")):
+        assert only_result(compare(store.store, one, two)).seeds.seeds == 3
+    assert "over 3 shared seeds: " in said(compare(store.store, "10", "20"))
+
+
+def test_one_seed_says_what_the_interval_lacks(planted):
+    planted.cell("4", "gptq", 0.02, seed=0)
+    assert "1 seed: calibration noise not included" in said(compare(planted.store, "4", "1"))
+    assert "calibration noise" not in said(compare(planted.store, "2", "1"))
+
+
+def test_the_numeric_floor_is_printed_or_said_not_to_be_known(planted):
+    assert "numeric floor not known" in said(compare(planted.store, "1", "2"))
+    other = cell_row("b" * 16, "baseline", "w16", dtype="float32")
+    planted.store.rows["cells"].append(other)
+    shifted = planted.base - 0.05 * planted.tokens
+    planted.store.add(other, shifted, planted.tokens, eval_id="d" * 16, protocol=PROTOCOL | {"dtype": "float32"})
+    result = only_result(compare(planted.store, "1", "2"))
+    assert result.numeric.amount == pytest.approx(0.05) and result.verdict == "undecided"
+
+
+def test_differing_provenance_is_listed(planted):
+    for index, host in ((1, "a"), (2, "b")):
+        made = {"host": host, "python": "3.11", "command": f"qfarm {host}"}
+        planted.store.rows["attempts"][index] = attempt_row(f"{index}" * 16, provenance=json.dumps(made))
+    found = compare(planted.store, "1", "2")
+    assert found.provenance == ('host "a" against "b"',)
+    assert 'host "a" against "b"' in said(found)
+
+
+# -- names and formats ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ("1", "good w4 g64", "are the same cell, 1111111111111111"),
+        ("zz", "1", '"zz" names no cell of this store'),
+        ("9", "1", '"9" never finished'),
+    ],
+)
+def test_what_names_no_two_cells_is_refused(planted, first, second, message):
+    planted.store.rows["attempts"].append(attempt_row("9" * 16, outcome="oom"))
+    with pytest.raises(InvalidInput, match=message):
+        compare(planted.store, first, second)
+
+
+def test_a_label_of_several_cells_is_refused(planted):
+    planted.cell("5", "good", 0.0)
+    with pytest.raises(InvalidInput, match='"good w4 g64" names 2 cells; cells: 1111'):
+        compare(planted.store, "good w4 g64", "2")
+
+
+def test_json_has_every_digit(planted):
+    value = json.loads(comparison_json(compare(planted.store, "1", "2")), parse_constant=pytest.fail)
+    (one,) = value["evaluations"]
+    result = only_result(compare(planted.store, "1", "2"))
+    assert (one["log_ratio"], one["p"]) == (result.difference.delta, result.difference.p)
+    assert (one["verdict"], one["numeric_floor"], len(one["largest_documents"])) == ("better", None, 10)
+    assert value["first"]["label"] == "good w4 g64"
+
+
+def test_hostile_names_are_harmless():
+    store = hostile_store()
+    text = render_comparison(compare(store, RTN, BASELINE), width=80)
+    assert "\x1b" not in text and "\u202e" not in text and max(map(len, text.splitlines())) <= 80
+    assert "</script>" not in comparison_json(compare(store, RTN, BASELINE)) and HOSTILE not in text
+
+
+def test_p_values_as_text():
+    assert [p_text(p) for p in (0.5, 0.0134, 0.001, 0.0009)] == ["= 0.5", "= 0.013", "= 0.001", "< 0.001"]
+
+
+def test_the_command(planted, tmp_path, capsys):
+    from qfarm.store import Store
+
+    store = Store.open(tmp_path / "store", create=True)
+    for cell in planted.store.rows["cells"]:
+        store.publish_cell(cell, [])
+        mine = {
+            name: [row for row in planted.store.rows[name] if row.cell_id == cell.cell_id]
+            for name in ("metrics", "documents")
+        }
+        store.publish_evaluation(cell.cell_id, "e" * 16, cell.attempt_id, mine["metrics"], mine["documents"])
+    arguments = ["compare", "good w4 g64", "2", "--store", str(tmp_path / "store")]
+    for extra, expected in (([], "better"), (["--format", "json"], '"verdict": "better"')):
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, *extra, "--margin", "perplexity=1%"])
+        assert ended.value.code == 0 and expected in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--margin", "perplexity=1 point"])
+    assert ended.value.code == 2
+    assert "a margin of perplexity is written like '1 %', got '1 point'" in capsys.readouterr().err

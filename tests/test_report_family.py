@@ -1,0 +1,429 @@
+"""The report's judgements: stores whose true differences are known by construction in, verdicts out."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from qfarm import stats
+from qfarm.margin import read_option
+from qfarm.record import CellRow
+from qfarm.report.render import render
+from qfarm.report.tables import load
+from tests.report_example import BASELINE, GPTQ, PROTOCOL, RTN, FakeStore, Planted, attempt_row, cell_row, row_of
+
+
+def only_table(store, margins=None):
+    results = load(store, margins)
+    assert len(results.tables) == 1
+    return results.tables[0]
+
+
+def rows_by_recipe(table):
+    return {row.cell.recipe: row for row in table.rows}
+
+
+# -- real and not real ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planted() -> Planted:
+    """`real` is worse by 0.02 nats; `chance` differs on every window, and by nothing on average."""
+    store = Planted()
+    store.cell("1", "real", 0.02 + store.noise(0.02))
+    store.cell("2", "chance", store.noise(0.02))
+    return store
+
+
+def test_a_real_difference_is_called_real_and_chance_is_not(planted):
+    rows = rows_by_recipe(only_table(planted.store))
+    real, chance = rows["real"], rows["chance"]
+    assert real.difference.delta == pytest.approx(0.02) and chance.difference.delta == pytest.approx(0, abs=1e-12)
+    assert (real.verdict, real.mark) == ("worse", "**")
+    assert (chance.verdict, chance.mark) == ("undecided", "")
+    text = render(load(planted.store), width=80)
+    assert next(line for line in text.splitlines() if line.startswith("real")).count("%**") == 1
+    assert next(line for line in text.splitlines() if line.startswith("chance")).count("*") == 0
+    assert "1 of 2 with unadjusted p below 0.05; 0.1 expected by chance" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_verdicts_are_in_json_and_csv(planted):
+    value = json.loads(render(load(planted.store), "json"))
+    (table,) = value["tables"]
+    assert [row["verdict"] for row in table["rows"]] == [None, "undecided", "worse"]
+    assert table["family"] == {"adjusted": 2, "tested": 2, "below": 1, "expected": 0.1}
+    chance = table["rows"][1]
+    assert chance["detectable"] == pytest.approx(2.8 * chance["log_ratio_standard_error"])
+    lines = list(csv.DictReader(io.StringIO(render(load(planted.store), "csv"))))
+    assert [line["verdict"] for line in lines] == ["", "undecided", "worse"]
+
+
+def test_the_filter_keeps_the_family_of_the_whole_table(planted):
+    text = render(load(planted.store), width=120, recipe="chance")
+    assert "1 of 2 with unadjusted p below 0.05" in text
+
+
+def test_screening_is_benjamini_hochberg_over_the_table(planted):
+    rows = [row for row in only_table(planted.store).rows if row.difference]
+    expected = scipy_stats.false_discovery_control([row.difference.p for row in rows])
+    assert [row.screened_p for row in rows] == pytest.approx(list(expected))
+
+
+def test_the_margin_of_the_command_line_finds_equivalence(planted):
+    table = only_table(planted.store, read_option("perplexity=1%"))
+    rows = rows_by_recipe(table)
+    assert rows["chance"].verdict == "within margin" and rows["chance"].mark == "="
+    assert (rows["real"].verdict, rows["real"].mark) == ("worse", "**")
+    wide = rows_by_recipe(only_table(planted.store, read_option("perplexity=5%")))
+    assert (wide["real"].verdict, wide["real"].mark, wide["real"].within_margin) == ("worse", "**=", True)
+    text = render(load(planted.store, read_option("perplexity=1%")), width=80)
+    assert "= within 1 % of the baseline" in text and "%  =" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_margins_are_found_in_the_provenance_and_the_narrowest_counts(planted):
+    def with_margins(*margins):
+        planted.store.rows["attempts"] = [
+            attempt_row(cell.cell_id, provenance=json.dumps({"margin": {"perplexity": text}} if text else {}))
+            for cell, text in zip(planted.store.rows["cells"], margins, strict=True)
+        ]
+        return only_table(planted.store)
+
+    assert with_margins(None, None, None).margin is None
+    assert with_margins(None, "2 %", "2 %").margin.text == "2 %"
+    table = with_margins("1 %", "2 %", None)
+    assert table.margin.text == "1 %"
+    assert "jobs gave several margins (1 %, 2 %): the narrowest is used" in table.remarks
+    assert only_table(planted.store, read_option("perplexity=3%")).margin.text == "3 %"
+
+
+def test_equivalence_is_adjusted_over_the_table(planted):
+    margin = np.log(1.01)
+    rows = [row for row in only_table(planted.store, read_option("perplexity=1%")).rows if row.difference]
+    raw = [row.difference.equivalence_p(margin) for row in rows]
+    assert [row.margin_p for row in rows] == pytest.approx(list(stats.holm(raw)))
+
+
+def test_cells_tied_with_the_best_share_a_bar_and_the_dominated_are_named():
+    store = Planted()
+    shared = store.noise(0.02)
+    store.cell("1", "best", 0.02 + shared + store.noise(0.004), linear_bits=4.2)
+    store.cell("2", "tied", 0.02 + shared + store.noise(0.004), linear_bits=4.3)
+    store.cell("3", "worse", 0.04 + shared + store.noise(0.004), linear_bits=4.25)
+    store.cell("4", "small", 0.04 + shared + store.noise(0.004), linear_bits=3.1)
+    table = only_table(store.store)
+    assert {row.cell.recipe: row.best for row in table.rows if row.best is not None} == {
+        **{"best": True, "tied": True},
+        **{"worse": False, "small": False},
+    }
+    fronts = {row.cell.recipe: row.front for row in table.rows if row.front}
+    assert fronts["worse"] == "dominated" and fronts["small"] == "front"
+    assert fronts["best"] != "dominated" and fronts["tied"] != "dominated"
+    text = render(load(store.store), width=200)
+    assert "not shown worse than the best (|): best w4 g64, tied w4 g64; no claim that these are equal" in text
+    assert sum(" | " in line for line in text.splitlines()) == 2
+
+
+def test_rows_on_fewer_documents_have_no_place(planted):
+    planted.cell("3", "third", 0.01 + planted.noise(0.02))
+    planted.store.rows["documents"] = [
+        row for row in planted.store.rows["documents"] if not (row.cell_id == "2" * 16 and row.window == 5)
+    ]
+    table = only_table(planted.store)
+    rows = rows_by_recipe(table)
+    assert rows["chance"].best is None and rows["real"].best is False and rows["third"].best is True
+    assert "1 row without a place" in " ".join(render(load(planted.store), width=80).split())
+
+
+# -- seeds ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seeded() -> Planted:
+    """Two recipes with three seeds each, whose means differ by 0.004 nats; their seeds' means by 0.005."""
+    store = Planted()
+    store.replicates("gptq", 0.020, 0.005, start=10)
+    store.replicates("awq", 0.024, 0.005, start=20)
+    store.cell("30", "rtn", 0.10 + store.noise(0.02), seed=None)
+    return store
+
+
+def test_three_seeds_show_a_noise_floor_and_nothing_is_ranked_below_it(seeded):
+    table = only_table(seeded.store)
+    noise = table.noise.seeds
+    assert noise["gptq", "w4"].sigma == pytest.approx(0.005) and noise["gptq", "w4"].df == 2
+    assert {row.cell.recipe for row in table.rows if row.best} == {"gptq", "awq"}
+    text = " ".join(render(load(seeded.store), width=80).split())
+    floor = 100 * np.expm1(2 * np.sqrt(2) * 0.005)
+    assert f"noise floor {floor:.1f} %, the largest of: seeds {floor:.1f} %" in text
+    assert "each row is one seed: calibration noise not included" in text
+
+
+def test_without_the_noise_of_seeds_the_same_cells_would_be_ranked():
+    """One seed each of the same two recipes: the interval is of these checkpoints, and they do differ."""
+    store = Planted()
+    store.cell("10", "gptq", 0.020 + store.noise(0.004), seed=0)
+    store.cell("20", "awq", 0.024 + store.noise(0.004), seed=0)
+    table = only_table(store.store)
+    assert {row.cell.recipe for row in table.rows if row.best} == {"gptq"}
+    assert "1 seed: calibration noise not included" in " ".join(render(load(store.store), width=80).split())
+
+
+def test_replicates_have_the_crossed_interval(seeded):
+    table = only_table(seeded.store)
+    group = next(group for group in table.replicates if group.first.cell.recipe == "gptq")
+    assert [row.cell.seed for row in group.rows] == [0, 1, 2]
+    y = np.array([_losses(seeded, row.cell) for row in group.rows])
+    expected = stats.seeds_interval(y)
+    assert group.difference.value == pytest.approx(0.02)
+    assert group.difference.error == pytest.approx(expected.error)
+    assert group.difference.spread == pytest.approx(0.005)
+    assert group.values["perplexity"] == pytest.approx(np.mean([row.metrics["perplexity"].value for row in group.rows]))
+    # Wider than what one checkpoint's documents say.
+    low, high = group.difference.interval()[1:]
+    assert high - low > 1.5 * (group.first.difference.high - group.first.difference.low)
+
+
+def _losses(planted: Planted, cell: CellRow) -> np.ndarray:
+    """Nats per token above the baseline's [window]."""
+    rows = [row for row in planted.store.rows["documents"] if row.cell_id == cell.cell_id]
+    return (np.array([row.loss for row in rows]) - planted.base) / planted.tokens
+
+
+def test_filters_hold_over_seeds_too(seeded):
+    data = json.loads(render(load(seeded.store), "json", recipe="awq"))["tables"][0]
+    assert [group["recipe"] for group in data["over_seeds"]] == ["awq"]
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_rows_over_seeds_fit_and_say_how_many(seeded, width):
+    text = render(load(seeded.store), width=width)
+    assert max(map(len, text.splitlines())) <= width
+    lines = text.splitlines()
+    start = lines.index("over seeds: means, and intervals for other calibration samples and other text")
+    assert lines[start + 1].split()[:4] == ["recipe", "bits", "group", "seeds"]
+    assert lines[start + 2].split()[:4] == ["awq", "w4", "64", "3"]
+    markdown = render(load(seeded.store), "markdown")
+    assert "| awq | w4 | 64 | 3 |" in markdown
+    data = json.loads(render(load(seeded.store), "json"))["tables"][0]
+    assert [len(group["cell_ids"]) for group in data["over_seeds"]] == [3, 3]
+    assert data["noise"]["seeds"][0]["df"] == 2
+
+
+def test_a_one_seed_row_gets_a_second_interval_from_alike_cells(seeded):
+    seeded.cell("40", "gptq", 0.02 + seeded.noise(0.02), seed=0, group_size=128)
+    table = only_table(seeded.store)
+    row = next(row for row in table.rows if row.cell.group_size == 128)
+    found, noise = row.difference, table.noise.seeds["gptq", "w4"]
+    assert row.with_seeds == stats.with_seed_noise(found.delta, found.standard_error, found.df, noise)
+    assert row.with_seeds.high > found.high
+    assert all(row.with_seeds is None for row in table.rows if row.cell.group_size != 128)
+    assert "with seed noise" in render(load(seeded.store), width=200)
+
+
+def test_a_difference_within_the_noise_of_seeds_gets_no_mark(seeded):
+    seeded.cell("40", "gptq", 0.008 + seeded.noise(0.004), seed=0, group_size=128)
+    row = next(row for row in only_table(seeded.store).rows if row.cell.group_size == 128)
+    assert row.adjusted_p < 0.001 and row.noise_floor == pytest.approx(2 * 0.005)
+    assert (row.verdict, row.mark) == ("undecided", "")
+
+
+# -- numeric floor and devices ----------------------------------------------------------------------------------------
+
+
+def test_the_numeric_floor_is_that_between_baselines_in_two_dtypes(planted):
+    assert "arithmetic not known" in " ".join(render(load(planted.store), width=80).split())
+    other = cell_row("b" * 16, "baseline", "w16", dtype="float32")
+    planted.store.rows["cells"].append(other)
+    shifted = planted.base - 0.003 * planted.tokens
+    planted.store.add(other, shifted, planted.tokens, eval_id="d" * 16, protocol=PROTOCOL | {"dtype": "float32"})
+    table = next(table for table in load(planted.store).tables if table.protocol["dtype"] == "bfloat16")
+    assert table.noise.numeric == pytest.approx(0.003)
+    assert table.noise.numeric_source == "baseline in bfloat16 against float32"
+    assert rows_by_recipe(table)["real"].mark == "**"
+
+
+def test_below_the_numeric_floor_nothing_is_worse(planted):
+    planted.cell("3", "slight", 0.002 + planted.noise(0.002))
+    assert rows_by_recipe(only_table(planted.store))["slight"].verdict == "worse"
+    other = cell_row("b" * 16, "baseline", "w16", dtype="float32")
+    planted.store.rows["cells"].append(other)
+    shifted = planted.base - 0.003 * planted.tokens
+    planted.store.add(other, shifted, planted.tokens, eval_id="d" * 16, protocol=PROTOCOL | {"dtype": "float32"})
+    table = next(table for table in load(planted.store).tables if table.protocol["dtype"] == "bfloat16")
+    assert (rows_by_recipe(table)["slight"].verdict, rows_by_recipe(table)["slight"].mark) == ("undecided", "")
+    assert rows_by_recipe(table)["chance"].best and rows_by_recipe(table)["slight"].best
+
+
+def test_cells_closer_than_the_numeric_floor_are_not_ranked(planted):
+    planted.cell("3", "near", 0.0100 + planted.noise(0.001))
+    planted.cell("4", "next", 0.0120 + planted.noise(0.001))
+    planted.cell("5", "far", 0.0150 + planted.noise(0.001))
+    rows = rows_by_recipe(only_table(planted.store))
+    assert [rows[name].best for name in ("near", "next", "far")] == [False, False, False]  # `chance` is the best
+
+    def best_with_floor(amount):
+        other = cell_row("b" * 16, "baseline", "w16", dtype="float32")
+        planted.store.rows["cells"].append(other)
+        shifted = planted.base - amount * planted.tokens
+        planted.store.add(other, shifted, planted.tokens, eval_id="d" * 16, protocol=PROTOCOL | {"dtype": "float32"})
+        tables = load(planted.store).tables
+        rows = rows_by_recipe(next(table for table in tables if table.protocol["dtype"] == "bfloat16"))
+        return [name for name in ("near", "next", "far") if rows[name].best]
+
+    assert best_with_floor(0.0130) == ["near", "next"]
+
+
+def test_rows_of_another_device_say_so(planted):
+    planted.store.rows["attempts"][1] = attempt_row("1" * 16, provenance='{"gpu": "NVIDIA H100"}')
+    (remark,) = only_table(planted.store).remarks
+    assert remark.startswith("1 row measured on NVIDIA H100, the baseline on CPU")
+
+
+# -- stopped early ----------------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_cell_is_shown_but_neither_tested_nor_ranked(planted):
+    stopped = cell_row("3" * 16, "hopeless", "w2")
+    planted.store.rows["cells"].append(stopped)
+    seen = planted.base[:24] + planted.tokens[:24] * (1 + planted.noise(0.1)[:24])
+    planted.store.add(stopped, seen, planted.tokens[:24], stopped_early=24)
+    table = only_table(planted.store)
+    row = rows_by_recipe(table)["hopeless"]
+    assert row.difference.delta == pytest.approx((seen - planted.base[:24]).sum() / planted.tokens[:24].sum())
+    assert (row.difference.p, row.difference.low, row.adjusted_p, row.best, row.front) == (None,) * 5
+    assert row.verdict is None and len(table.tested) == 2
+    text = " ".join(render(load(planted.store), width=80).split())
+    assert "hopeless w2: stopped early, on 24 of 141 windows: not ranked" in text
+    assert "1 of 2 with unadjusted p below 0.05" in text
+
+
+# -- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+def accuracy_store(lost=60, gained=20, n=1000, **options) -> FakeStore:
+    store = FakeStore()
+    base, cell = cell_row(BASELINE, "baseline", "w16"), cell_row(RTN, "rtn", "w4")
+    store.rows["cells"] += [base, cell]
+    store.rows["attempts"] += [attempt_row(one.cell_id) for one in (base, cell)]
+    before = np.arange(n) < n // 2 + lost
+    after = before.copy()
+    after[:lost] = False
+    after[n - gained :] = True
+    store.add_items(base, before, **options)
+    store.add_items(cell, after, **options)
+    return store
+
+
+def test_accuracy_changes_in_points_with_mid_p():
+    store = accuracy_store()
+    table = only_table(store)
+    found = rows_by_recipe(table)["rtn"].difference
+    assert (found.lost, found.gained, found.n, found.unit) == (60, 20, 1000, "points")
+    assert found.shown.value == pytest.approx(-4.0)
+    assert (found.p, found.exact_p) == (stats.mid_p(60, 20), stats.exact_p(60, 20))
+    assert rows_by_recipe(table)["rtn"].verdict == "worse"
+    text = render(load(store), width=120)
+    line = next(line for line in text.splitlines() if line.startswith("rtn"))
+    assert "-4.0**" in line and "%" not in line.split("-4.0**")[1].split("]")[0]
+    heading = " ".join(text.splitlines()[1].split())
+    assert "acc points 95 % interval" in heading and "flips lost gained" in heading
+    row = json.loads(render(load(store), "json"))["tables"][0]["rows"][1]
+    assert (row["change_points"], row["items_lost"], row["items_gained"]) == (pytest.approx(-4), 60, 20)
+    assert row["change_percent"] is None and row["log_ratio"] is None and row["test"] == "McNemar mid-p"
+
+
+def test_items_that_share_a_passage_are_clustered():
+    found = rows_by_recipe(only_table(accuracy_store(clusters=np.arange(1000) // 4)))["rtn"].difference
+    assert (found.test, found.clusters, found.n, found.exact_p) == ("t over clusters", 250, 1000, None)
+
+
+@pytest.mark.parametrize("weights", ["plain", "size"])
+def test_a_mean_over_tasks_has_the_weights_of_what_is_stored(weights):
+    tasks = np.repeat(["a", "b"], [200, 800])
+    store = accuracy_store(tasks=tasks)
+    right = {
+        cell_id: np.array([row.correct for row in store.rows["documents"] if row.cell_id == cell_id])
+        for cell_id in (BASELINE, RTN)
+    }
+    means = {
+        cell_id: np.mean([x[:200].mean(), x[200:].mean()]) if weights == "plain" else x.mean()
+        for cell_id, x in right.items()
+    }
+    store.rows["metrics"] = [dataclasses.replace(row, value=means[row.cell_id]) for row in store.rows["metrics"]]
+    found = rows_by_recipe(only_table(store))["rtn"].difference
+    assert found.delta == pytest.approx(means[RTN] - means[BASELINE], abs=1e-12)
+    assert found.test == "t over tasks"
+    d = right[RTN] - right[BASELINE]
+    shares = [0.5, 0.5] if weights == "plain" else [0.2, 0.8]
+    variance = sum(w**2 * x.var(ddof=1) / x.size for w, x in zip(shares, (d[:200], d[200:]), strict=True))
+    assert found.standard_error == pytest.approx(np.sqrt(variance))
+
+
+def test_one_item_in_two_tasks_is_two_and_one_that_stands_twice_counts_twice():
+    store = accuracy_store()
+    store.rows["documents"] += [dataclasses.replace(row) for row in store.rows["documents"] if row.document == "item 0"]
+    found = rows_by_recipe(only_table(store))["rtn"].difference
+    assert (found.n, found.lost, found.clusters) == (1001, 61, 1000)
+    again = next(i for i, row in enumerate(store.rows["documents"]) if row.cell_id == RTN and row.document == "item 0")
+    store.rows["documents"][again] = dataclasses.replace(store.rows["documents"][again], correct=1)
+    assert rows_by_recipe(only_table(store))["rtn"].difference.lost == 60
+    tasked = accuracy_store(tasks=["a"] * 1000)
+    tasked.rows["documents"] += [
+        dataclasses.replace(row, task="b") for row in tasked.rows["documents"] if row.document == "item 0"
+    ]
+    assert rows_by_recipe(only_table(tasked))["rtn"].difference.n == 1001
+
+
+def test_an_item_without_an_answer_is_refused():
+    store = accuracy_store()
+    store.rows["documents"][-1] = dataclasses.replace(store.rows["documents"][-1], correct=None)
+    row = row_of(load(store), RTN)
+    assert (row.difference, row.remark) == (None, "not compared: the answer of 1 of 1000 items is missing")
+
+
+def test_accuracy_has_its_own_margin():
+    store = accuracy_store(lost=21, gained=20, n=5000)
+    margins = read_option("perplexity=1%,accuracy=1 point")
+    row = rows_by_recipe(only_table(store, margins))["rtn"]
+    assert (row.verdict, row.mark) == ("within margin", "=")
+    assert "= within 1 point of the baseline" in render(load(store, margins), width=120)
+
+
+def test_the_best_in_accuracy_is_the_most_accurate():
+    store = accuracy_store()
+    better = cell_row(GPTQ, "gptq", "w4")
+    store.rows["cells"].append(better)
+    base = [row.correct for row in store.rows["documents"] if row.cell_id == BASELINE]
+    store.add_items(better, np.array(base))
+    rows = rows_by_recipe(only_table(store))
+    assert rows["gptq"].difference.identical and rows["gptq"].verdict == "identical"
+    assert (rows["gptq"].best, rows["rtn"].best) == (True, False)
+
+
+def test_the_headline_leads_and_single_tasks_follow_where_there_is_room():
+    store = accuracy_store(tasks=np.repeat(["a", "b"], 500))
+    extra = [
+        dataclasses.replace(row, metric=name, value=0.5, n=n)
+        for row in store.rows["metrics"]
+        for name, n in (("a acc", 500), ("a acc_norm", 500), ("scored_tokens", 10**6))
+    ]
+    store.rows["metrics"] += extra
+    narrow, wide = (render(load(store), width=width) for width in (80, 200))
+    assert "acc points" in " ".join(narrow.splitlines()[1].split()) and "a acc" not in narrow
+    assert "a acc a acc_norm scored_tokens" in " ".join(wide.splitlines()[1].split())
+    assert "1,000 items" in narrow  # not the tokens of some other metric
+
+
+@pytest.mark.parametrize("metric", ["exact_match,strict-match", "a acc"])
+def test_what_is_right_or_wrong_is_known_by_any_of_its_metrics(metric):
+    store = accuracy_store()
+    store.rows["metrics"] = [dataclasses.replace(row, metric=metric) for row in store.rows["metrics"]]
+    assert only_table(store).measure == "accuracy" and row_of(load(store), RTN).difference.lost == 60
