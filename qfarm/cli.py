@@ -249,9 +249,16 @@ def _work(plan: Plan, only: str | None) -> list[Any]:
 @click.option("--model", metavar="NAME", help="Only this model; * and ? match.")
 @click.option("--method", metavar="NAME", help="Only this recipe, e.g. 'gptq' or 'smoothquant+*'.")
 @click.option("--bits", metavar="SCHEME", help="Only this scheme, e.g. 'w4'.")
+@click.option("--against", metavar="NAME", help="Beside published figures: of a paper or repository, or a *.yaml file.")
 @MARGIN
 def report(
-    store: str | None, style: str, model: str | None, method: str | None, bits: str | None, margin: str | None
+    store: str | None,
+    style: str,
+    model: str | None,
+    method: str | None,
+    bits: str | None,
+    against: str | None,
+    margin: str | None,
 ) -> None:
     """Print the results in STORE (default: the last one submitted to).
 
@@ -259,24 +266,35 @@ def report(
     Examples:
       qfarm report
       qfarm report results/quickstart --format markdown
+      qfarm report results/published-gptq --against qllm-infer
     """
     filters = {"model": model, "recipe": method, "scheme": bits}
+    if against is not None:
+        if margin is not None:
+            raise InvalidInput("--margin judges against the baseline; it has no part in --against")
+        _print_against(_open(store or _last_store()), against, style, filters)
+        return
     _print_report(_open(store or _last_store()), style, filters, _margins(margin))
 
 
 @group.command()
 @click.argument("cell")
 @click.option("--store", metavar="STORE", help="Default: the last one submitted to.")
-def show(cell: str, store: str | None) -> None:
+@click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
+def show(cell: str, store: str | None, style: str) -> None:
     """Show one CELL whole: options, sizes, layers, metrics, attempts with tracebacks, provenance.
 
     \b
-    Example:
+    Examples:
       qfarm show 5353cf
+      qfarm show 5353cf --format json
     """
     from qfarm.report.show import show as show_cell
+    from qfarm.report.show import show_json
 
-    click.echo(show_cell(_open(store or _last_store()), cell, width=_width(), color=_color()), nl=False)
+    found = _open(store or _last_store())
+    text = show_json(found, cell) if style == "json" else show_cell(found, cell, width=_width(), color=_color())
+    click.echo(text, nl=False)
 
 
 @group.command()
@@ -454,6 +472,17 @@ def _print_report(
 
     text = render(load(store, margins), style, width=_width(), color=_color(), **filters)
     click.echo(text, nl=False)
+
+
+def _print_against(store: Store, name: str, style: Any, filters: dict[str, str | None]) -> None:
+    from qfarm import published
+    from qfarm.report.against import compare as compare_with
+    from qfarm.report.against_text import render_against
+    from qfarm.report.tables import load
+
+    source = published.load(name)
+    found = compare_with(load(store), source, **filters)
+    click.echo(render_against(found, style, width=_width(), color=_color()), nl=False)
 
 
 def _cpu_only_if_asked(job: Job) -> None:

@@ -24,6 +24,7 @@ class Statistic(enum.StrEnum):
     SAMPLE = "sample"  # inputs of ordinary tokens
     MEAN_ABS = "mean_abs"
     MAX_ABS = "max_abs"
+    RANGE = "range"  # smallest and largest value of each feature
 
 
 @dataclasses.dataclass
@@ -36,6 +37,10 @@ class InputStatistics:
     sample: Tensor | None = None  # float32 [k, n]
     mean_abs: Tensor | None = None  # float32 [n]: mean of |x| over tokens
     max_abs: Tensor | None = None  # float32 [n]: largest |x|
+    low: Tensor | None = None  # float32 [n]: smallest x
+    high: Tensor | None = None  # float32 [n]: largest x
+    divided: Tensor | None = None  # [n]: factors by which a transform has divided these features
+    heads: int | None = None  # at sites in attention: how many heads the features are of, side by side
     foldable: bool = False  # a factor per input column can be absorbed by the operator before this layer
     roles: tuple[tuple[str, int], ...] = ()  # the layers stacked into one weight, in order: role, rows
 
@@ -113,6 +118,10 @@ class Collector:
         if Statistic.MAX_ABS in self.wanted:
             top = x.abs().amax(0)
             self.stats.max_abs = top if self.stats.max_abs is None else torch.maximum(self.stats.max_abs, top)
+        if Statistic.RANGE in self.wanted:
+            low, high = x.amin(0), x.amax(0)
+            self.stats.low = low if self.stats.low is None else torch.minimum(self.stats.low, low)
+            self.stats.high = high if self.stats.high is None else torch.maximum(self.stats.high, high)
         if Statistic.SAMPLE in self.wanted:
             ordinary = torch.nonzero(norms <= limit)[:, 0]
             count = max(1, round(self._share * len(x)))

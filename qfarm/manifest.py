@@ -26,7 +26,7 @@ class Kind:
 
 KINDS = {
     "cell": Kind(("cell_id",), ("cells", "layers")),
-    "evaluation": Kind(("cell_id", "eval_id"), ("metrics", "documents")),
+    "evaluation": Kind(("cell_id", "eval_id"), ("metrics", "documents", "analysis")),
     "attempt": Kind(("cell_id", "attempt_id"), ("attempts",)),
 }
 

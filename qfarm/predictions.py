@@ -75,6 +75,17 @@ def hidden_states(session: Session, windows: Windows | Rolling, batch: range, sp
 
 
 @torch.no_grad()
+def shortened_states(session: Session, windows: Windows | Rolling, index: int, spans: Spans) -> Tensor:
+    """Hidden states of one window, read alone and without the last token; there may be one fewer.
+
+    Causality makes them those of `hidden_states`, but for rounding: the forward pass has another shape.
+    """
+    ids = windows.rows[index][: windows.reach][:-1]
+    states: Tensor = session.loaded.body(ids[None].to(session.loaded.device))
+    return states[0, spans.first[index] - 1 : len(windows.rows[index]) - 1]
+
+
+@torch.no_grad()
 def score(session: Session, hidden: Tensor, targets: Tensor, before: Tensor | None) -> Columns:
     """One window's figures: its hidden states [predictions, hidden], the baseline's likewise, targets [predictions].
 
@@ -118,6 +129,10 @@ class Keeper:
             self._states = torch.empty(int(self.spans.offsets[-1]), hidden.shape[1], dtype=hidden.dtype)
         self._states[self.spans.flat(window)] = hidden.cpu()
 
+    def kept(self, window: int) -> Tensor:
+        assert self._states is not None
+        return self._states[self.spans.flat(window)]
+
     def save(self) -> Path:
         assert self._states is not None
         states = self._states
@@ -145,6 +160,4 @@ def baseline_states(session: Session, windows: Windows | Rolling, label: str) ->
 def _hidden_name(session: Session, windows: Windows | Rolling) -> str:
     cell = session.cell
     identity = [cell.fingerprint, cell.dtype, windows.digest, BATCH_TOKENS, session.device.type, session.loaded.chunk]
-    if session.loaded.chunk is not None:
-        identity.append(session.loaded.chunk)
     return f"{canonical_hash(identity)}.safetensors"

@@ -1,4 +1,4 @@
-"""Records: the rows of the store's five tables, with units, as dataclasses and as Arrow schemas.
+"""Records: the rows of the store's tables, with units, as dataclasses and as Arrow schemas.
 
 The dataclasses are the schema: a field's annotation gives the Arrow type, its metadata the unit. `FORMAT` is the
 version of the whole layout; readers refuse stores of a newer one and fill columns that an older one lacks with nulls.
@@ -161,12 +161,30 @@ class LayerRow:
     notes: str = _unit("JSON: figures of the solver", "{}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerStatistic:
+    """One figure of one tensor of one linear layer."""
+
+    layer: int
+    role: str
+    tensor: str = _unit("weight, input, output, each also with _quantized; accumulated: the input, errors upstream")
+    statistic: str = _unit("sqnr (dB), mse, mean, std, min, max, kurtosis (excess)")
+    value: float = _unit("infinite SQNR: no error; NaN kurtosis: a constant")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnalysisRow(LayerStatistic):
+    cell_id: str
+    eval_id: str
+
+
 TABLES: dict[str, type] = {
     "cells": CellRow,
     "attempts": AttemptRow,
     "metrics": MetricRow,
     "documents": DocumentRow,
     "layers": LayerRow,
+    "analysis": AnalysisRow,
 }
 
 _ARROW = {

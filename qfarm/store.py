@@ -2,7 +2,7 @@
 
     STORE/qfarm-store.json                                   the format
     STORE/manifests/cell/CELL.json                           names the parts of tables cells and layers
-    STORE/manifests/evaluation/CELL.EVALUATION.json          of metrics and documents
+    STORE/manifests/evaluation/CELL.EVALUATION.json          of metrics, documents, analysis
     STORE/manifests/attempt/CELL.ATTEMPT.json                of attempts
     STORE/parts/TABLE/CELL[.EVALUATION].ATTEMPT.TOKEN.parquet
 
@@ -31,7 +31,7 @@ from qfarm import record
 from qfarm.errors import StoreError, StoreFull, nearest
 from qfarm.manifest import KINDS, Manifest, Part, key_of, manifest_path, newer
 from qfarm.publish import NO_SPACE, LocalFolder, is_aside
-from qfarm.record import AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow
+from qfarm.record import AnalysisRow, AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +83,13 @@ class Store:
         attempt_id: str,
         metrics: Sequence[MetricRow],
         documents: Sequence[DocumentRow],
+        analysis: Sequence[AnalysisRow] = (),
     ) -> bool:
         """Publish an evaluation of a cell. False: somebody was first, and nothing has changed."""
-        rows: list[MetricRow | DocumentRow] = [*metrics, *documents]
+        rows: list[MetricRow | DocumentRow | AnalysisRow] = [*metrics, *documents, *analysis]
         assert all((row.cell_id, row.eval_id) == (cell_id, eval_id) for row in rows)
         ids = {"cell_id": cell_id, "eval_id": eval_id, "attempt_id": attempt_id}
-        return self._publish("evaluation", ids, {"metrics": metrics, "documents": documents})
+        return self._publish("evaluation", ids, {"metrics": metrics, "documents": documents, "analysis": analysis})
 
     def publish_attempt(self, attempt: AttemptRow) -> bool:
         """Publish how an attempt went. False: it is published already, and nothing has changed."""

@@ -23,13 +23,14 @@ from qfarm.inputs import Statistic
 from qfarm.layers.install import Installed, install_sites
 from qfarm.layers.observe import observe
 from qfarm.layers.sites import Observed
+from qfarm.layers.twin import twin_blocks
 from qfarm.matrix import Cell
 from qfarm.models.load import DTYPES, LoadedModel, load
 from qfarm.models.reference import ModelFacts, resolve
 from qfarm.plan import EvaluationSpec, Outcome, Task, statistics_key
 from qfarm.quantizer import Grid
 from qfarm.recipe import Recipe, WeightSolver, build_method
-from qfarm.record import AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow, utc_now
+from qfarm.record import AnalysisRow, AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow, utc_now
 from qfarm.scheme import UNTOUCHED, parse_scheme
 from qfarm.shared import SharedStatistics, fits, needed_bytes, spare_bytes
 from qfarm.store import Store
@@ -50,6 +51,8 @@ class Session:
         self.shrink = 0  # how often batches are halved, after attempts that ran out of memory
         self.notes: list[str] = []
         self.baseline_states: dict[str, Any] = {}  # open files of baselines' hidden states, by evaluation
+        self.keep_twins = False  # an evaluation compares with the model as it is before it is quantized
+        self.twins: list[nn.Module] = []  # its blocks, transformed but not quantized
         self.evaluation = ""  # eval_id of what is being run: it fixes the order in which windows are visited
         self._key: tuple[str, str, str] | None = None  # fingerprint, tokenizer and dtype of the loaded model
         self._loaded: LoadedModel | None = None
@@ -78,6 +81,7 @@ class Session:
         """
         self.cell, self.shrink, self.notes, self.baseline_states = cell, shrink, [], {}
         self.share = frozenset(Statistic(name) for name in share)
+        self.keep_twins, self.twins = False, []
         if shrink:
             self.note(f"batches halved up to {shrink} times after running out of memory; last bits may differ")
         key = (cell.fingerprint, cell.tokenizer, cell.dtype)
@@ -273,7 +277,11 @@ def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: lis
             DocumentRow(**dataclasses.asdict(document), cell_id=cell.cell_id, eval_id=spec.eval_id)
             for document in result.documents
         ]
-        store.publish_evaluation(cell.cell_id, spec.eval_id, task.attempt_id, metrics, documents)
+        analysis = [
+            AnalysisRow(**dataclasses.asdict(figure), cell_id=cell.cell_id, eval_id=spec.eval_id)
+            for figure in result.analysis
+        ]
+        store.publish_evaluation(cell.cell_id, spec.eval_id, task.attempt_id, metrics, documents, analysis)
         figures.append((spec.label, result.metrics[0].value))
     for report in installed.reports:
         for note in report():
@@ -307,6 +315,8 @@ def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> tup
 
     windows = session.calibration() if cell.calibration else None
     _transform(session, recipe, windows)
+    if session.keep_twins:
+        session.twins = twin_blocks(session.loaded)
     asking = [method for method in recipe.site_methods if method.site_statistics()]
     wanted = frozenset().union(*(method.site_statistics() for method in asking))
     observed = _observe(session, wanted, set().union(*(method.observes for method in asking)), windows)

@@ -19,8 +19,15 @@ from qfarm.quantized import QuantizedWeight
 from qfarm.quantizer import Grid
 from qfarm.recipe import Method, Recipe, WeightSolver, Wrapper, build_method, lookup, parse_recipe
 
-# Methods whose defaults are meant for real models: iterations that take long, a rank that exceeds tiny layers.
-FAST: dict[str, dict[str, Any]] = {"autoround": {"iterations": 6}, "ptq161": {"epochs": 2}, "qera": {"rank": 8}}
+# Methods whose defaults are meant for real models: iterations that take long, a rank that exceeds tiny layers; and the
+# options with which a method that can be a transform is one.
+FAST: dict[str, dict[str, Any]] = {
+    "autoround": {"iterations": 6},
+    "crossquant": {"mode": "folded"},
+    "fptq": {"v0": 0.5},
+    "ptq161": {"epochs": 2},
+    "qera": {"rank": 8},
+}
 
 CONTEXTS = [(size, symmetric) for size in (16, -1, 32, 64) for symmetric in (False, True)]  # of 64 and 128 columns
 WINDOWS = torch.randint(0, 256, (6, 32), generator=torch.manual_seed(0))

@@ -243,6 +243,13 @@ def test_a_plan_shows_cells_and_what_cannot_be(run: Run, job: Path) -> None:
     assert not Path("out").exists() and "\x1b" not in ran.out
 
 
+def test_a_plan_tells_apart_cells_that_differ_in_an_option(run: Run, job: Path) -> None:
+    methods = "[{smoothquant: {alpha: 0.4}}, {smoothquant: {alpha: 0.6}}, smoothquant]"
+    job.write_text(re.sub(r"methods: .*", f"methods: {methods}", job.read_text()))
+    recipes = {" ".join(line.split()[1:3]) for line in lines_of(run("plan", "small.yaml")) if "smoothquant" in line}
+    assert {"smoothquant alpha=0.4", "smoothquant alpha=0.6"} < recipes
+
+
 def test_a_plan_notes_what_an_exclude_does_not_match(run: Run, job: Path) -> None:
     job.write_text(job.read_text() + "exclude: [{bits: w2}]\n")
     assert "note: exclude[0] matches no cell" in lines_of(run("plan", "small.yaml"))

@@ -82,7 +82,7 @@ def test_clairvoyant_model_has_perplexity_one(session: Session, monkeypatch: pyt
     monkeypatch.setattr(LoadedModel, "body", body)
     monkeypatch.setattr(LoadedModel, "head", nn.Linear(260, 260, bias=False))
     nn.init.eye_(session.loaded.head.weight)
-    metrics, _ = run(session)
+    metrics, _ = run(session, divergence=False)
     assert metrics["perplexity"].value == pytest.approx(1, abs=1e-6) and metrics["top1_accuracy"].value == 1
 
 
@@ -104,13 +104,42 @@ def test_equals_a_plain_loop(session: Session, length: int) -> None:
 
 def test_baseline_against_itself_is_identical(session: Session, tiny: Path) -> None:
     first, documents = run(session)
-    assert set(first) == {"perplexity", "top1_accuracy"}
+    assert set(first) == {"perplexity", "top1_accuracy", "kl_floor", "flips_floor"}
+    assert abs(first["kl_floor"].value) < 1e-6 and first["flips_floor"].value == 0 and first["kl_floor"].n == 2
     as_quantized(session, tiny)
     again, paired = run(session)
     assert again["kl"].value == pytest.approx(0, abs=1e-7) and again["top1_agreement"].value == 1
     assert again["lost"].value == again["gained"].value == 0
     assert again["perplexity"].value == first["perplexity"].value
     assert [d.loss for d in documents] == [d.baseline_loss for d in paired]
+
+
+def test_the_floor_is_what_another_shape_of_the_forward_pass_moves(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding is planted: single windows, shortened, are read by a body that misses by a known vector."""
+    real, seen = LoadedModel.body, []
+
+    def body(self: LoadedModel, ids: Tensor) -> Tensor:
+        states = real(self, ids)
+        if len(ids) > 1:
+            return states
+        seen.append((ids[0], states[0]))
+        return states + 0.1 * torch.linspace(-1, 1, states.shape[-1])
+
+    monkeypatch.setattr(LoadedModel, "body", body)
+    metrics, _ = run(session)
+    kl, flips = [], []
+    rows = {tuple(ids[:-1].tolist()): ids for ids in session.windows("python-docs", 64, 40).ids}
+    for ids, states in seen:
+        before = session.loaded.head(states).log_softmax(-1)
+        after = session.loaded.head(states + 0.1 * torch.linspace(-1, 1, states.shape[-1])).log_softmax(-1)
+        kl.append((before.exp() * (before - after)).sum(-1))
+        targets = rows[tuple(ids.tolist())][1:]
+        flips.append((before.argmax(-1) == targets) != (after.argmax(-1) == targets))
+    assert metrics["kl_floor"].n == len(seen) > 1 and metrics["kl_floor"].value > 1e-4
+    assert metrics["kl_floor"].value == pytest.approx(float(torch.cat(kl).mean()), rel=1e-3)
+    assert metrics["flips_floor"].value == pytest.approx(float(torch.cat(flips).float().mean()))
 
 
 def test_divergence_equals_its_definition(session: Session, tiny: Path) -> None:

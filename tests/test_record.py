@@ -18,6 +18,7 @@ UNITLESS = {
     "metrics": {"value"},  # its unit is a column
     "documents": set(),
     "layers": {"layer", "rows", "columns", "bits", "group_size"},
+    "analysis": {"layer"},
 }
 COLUMNS = {
     "cells": "cell_id attempt_id job model fingerprint recipe scheme group_size seed symmetric scale_dtype dtype "
@@ -30,6 +31,7 @@ COLUMNS = {
     "baseline_loss kl_histogram elements zeroed zeros cell_id eval_id",
     "layers": "cell_id layer role module rows columns solver reason bits group_size stored_bytes weight_error "
     "output_error notes",
+    "analysis": "layer role tensor statistic value cell_id eval_id",
 }
 SAMPLES = {str: "text", bytes: b"\x00\xff", int: 3, float: 0.25, bool: True, list[float]: [0.5, -1.0]}
 

@@ -50,6 +50,23 @@ def test_terminal_lines_fit(width):
     assert "…" not in text and "smoothquant+gptq" in text
 
 
+def test_bits_of_the_cache_and_cells_that_are_not_causal_are_marked():
+    store = example(60).store
+    plain_text = render(load(store), "markdown")
+    assert "KV bits" not in plain_text and "causal" not in plain_text.split("|\n")[0]
+    store.rows["cells"] = [
+        dataclasses.replace(cell, kv_bits=4.1875, causal=cell.recipe != "gptq") if cell.recipe != "baseline" else cell
+        for cell in store.rows["cells"]
+    ]
+    lines = [line.strip("|").split(" | ") for line in render(load(store), "markdown").splitlines() if "|" in line]
+    heading = [cell.strip() for cell in lines[0]]
+    rows = {line[0].split()[0]: dict(zip(heading, map(str.strip, line), strict=True)) for line in lines[2:5]}
+    assert [rows[name]["KV bits"] for name in ("baseline", "rtn", "gptq")] == ["", "4.188", "4.188"]
+    assert [rows[name]["causal"] for name in ("baseline", "rtn", "gptq")] == ["", "", "no"]
+    (found,) = [row for row in json.loads(render(load(store), "json"))["tables"][0]["rows"] if row["recipe"] == "gptq"]
+    assert (found["kv_bits"], found["causal"]) == (4.1875, False)
+
+
 def test_the_same_number_reads_the_same_everywhere():
     store = example(60).store
     terminal, markdown = render(load(store), width=200), render(load(store), "markdown")

@@ -102,11 +102,26 @@ def test_show_a_cell_that_never_finished(small):
 def test_show_refuses_what_names_no_cell_or_several(small):
     with pytest.raises(InvalidInput) as unknown:
         show(small.store, "zz\n[red]")
-    assert str(unknown.value).startswith('"zz [red]" names no cell of this store; cells: 1111111111111111 (gptq w4 g64 of ')
+    assert str(unknown.value).startswith(
+        '"zz [red]" names no cell of this store; cells: 1111111111111111 (gptq w4 g64 of '
+    )
     assert f"{FAILED} (never finished)" in str(unknown.value)
     with pytest.raises(InvalidInput, match=r'^"" names 4 cells; cells: ') as ambiguous:
         show(small.store, "")
     assert "\n" not in str(unknown.value) + str(ambiguous.value)
+
+
+def test_show_tells_of_the_cache_and_of_causality():
+    store = FakeStore()
+    store.rows["cells"] = [
+        cell_row("aaaa" * 4, "rtn", "w4kv4", kv_bits=4.1875, causal=True),
+        cell_row("bbbb" * 4, "crossquant", "w8a8", causal=False),
+        cell_row("cccc" * 4, "rtn", "w4"),
+    ]
+    cached, across, weights = (" ".join(show(store, cell_id, width=80).split()) for cell_id in "abc")
+    assert "KV cache 4.188 stored bits per cached number causal yes" in cached
+    assert "causal no: a quantizer looks across tokens" in across and "KV cache" not in across
+    assert "causal" not in weights and "KV cache" not in weights
 
 
 def test_show_is_harmless():

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -21,7 +22,7 @@ import pytest
 from qfarm import manifest, publish, record
 from qfarm.errors import StoreError, StoreFull
 from qfarm.publish import LocalFolder
-from qfarm.record import AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow
+from qfarm.record import AnalysisRow, AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow
 from qfarm.store import Store
 
 NOW = "2025-01-02T03:04:05+00:00"
@@ -109,12 +110,18 @@ def document_row(cell_id: str = "c1", eval_id: str = "e1", document: str = "d1")
     return DocumentRow(document=document, cluster="k", tokens=5, loss=1.25, cell_id=cell_id, eval_id=eval_id)
 
 
+def analysis_row(cell_id: str = "c1", eval_id: str = "e1", value: float = 31.5) -> AnalysisRow:
+    figure = {"layer": 0, "role": "q", "tensor": "output", "statistic": "sqnr", "value": value}
+    return AnalysisRow(**figure, cell_id=cell_id, eval_id=eval_id)
+
+
 def fill(store: Store, cell_id: str = "c1", attempt_id: str = "a1", eval_id: str = "e1") -> None:
     """Publish one row or two into each table."""
     layers = [layer_row(cell_id, 0), layer_row(cell_id, 1, reason="excluded")]
     documents = [document_row(cell_id, eval_id, "d2"), document_row(cell_id, eval_id, "d1")]
     assert store.publish_cell(cell_row(cell_id, attempt_id), layers)
-    assert store.publish_evaluation(cell_id, eval_id, attempt_id, [metric_row(cell_id, eval_id)], documents)
+    metrics, analysis = [metric_row(cell_id, eval_id)], [analysis_row(cell_id, eval_id)]
+    assert store.publish_evaluation(cell_id, eval_id, attempt_id, metrics, documents, analysis)
     assert store.publish_attempt(attempt_row(attempt_id, cell_id))
 
 
@@ -244,9 +251,11 @@ def test_all_tables_come_back_as_published(store: Store) -> None:
     )
     attempt = attempt_row(outcome="oom")
     assert store.publish_cell(cell, layers)
-    assert store.publish_evaluation("c1", "e1", "a1", metrics, documents)
+    analysis = [analysis_row(value=math.inf), analysis_row(value=-3.5)]
+    assert store.publish_evaluation("c1", "e1", "a1", metrics, documents, analysis)
     assert store.publish_attempt(attempt)
     published = {"cells": [cell], "layers": layers, "metrics": metrics, "documents": documents, "attempts": [attempt]}
+    published |= {"analysis": analysis}
     assert published.keys() == record.TABLES.keys()
     for table, rows in published.items():
         assert [record.TABLES[table](**row) for row in store.read(table).to_pylist()] == rows
@@ -270,6 +279,15 @@ def test_tables_without_rows_have_no_part(store: Store) -> None:
     assert [path.split("/")[1] for path in files(store, "*.parquet")] == ["cells", "metrics"]
     assert store.read("layers").num_rows == store.read("documents").num_rows == 0
     assert store.check() == ([], [])
+
+
+def test_a_store_from_before_the_table_of_layers_figures(store: Store) -> None:
+    """It has no folder for them until it is opened for writing."""
+    assert store.publish_evaluation("c1", "e1", "a1", [metric_row()], [])
+    (Path(store.location) / "parts" / "analysis").rmdir()
+    assert store.read("analysis").num_rows == 0 and store.check() == ([], [])
+    fill(Store.open(store.location, create=True), "c2")
+    assert store.read("analysis").num_rows == 1 and store.read("metrics").num_rows == 2
 
 
 def test_what_is_finished(store: Store) -> None:
@@ -730,6 +748,7 @@ def test_part_names_tell_whose_they_are(store: Store) -> None:
     fill(store)
     names = [name.rsplit(".", 2)[0] for name in files(store, "*.parquet")]
     assert names == [
+        "parts/analysis/c1.e1.a1",
         "parts/attempts/c1.a1",
         "parts/cells/c1.a1",
         "parts/documents/c1.e1.a1",
@@ -828,7 +847,8 @@ def test_manifest_says_what_was_published(store: Store) -> None:
     assert fields["kind"] == "evaluation"
     assert fields["ids"] == {"cell_id": "c1", "eval_id": "e1", "attempt_id": "a1"}
     assert fields["created"].endswith("+00:00")
-    assert [(part["table"], part["rows"]) for part in fields["parts"]] == [("metrics", 1), ("documents", 2)]
+    parts = [(part["table"], part["rows"]) for part in fields["parts"]]
+    assert parts == [("metrics", 1), ("documents", 2), ("analysis", 1)]
     for part in fields["parts"]:
         assert part["bytes"] == Path(store.location, part["path"]).stat().st_size
     assert dataclasses.asdict(manifest.Manifest.load(json.dumps(fields).encode()))["ids"] == fields["ids"]

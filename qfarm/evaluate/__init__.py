@@ -21,7 +21,7 @@ from qfarm.recipe import describe
 from qfarm.text import public_name
 
 if TYPE_CHECKING:
-    from qfarm.record import Document, Metric
+    from qfarm.record import Document, LayerStatistic, Metric
     from qfarm.text import Part
     from qfarm.worker import Session
 
@@ -32,6 +32,7 @@ class Result:
 
     metrics: tuple[Metric, ...]
     documents: tuple[Document, ...]  # the ledger
+    analysis: tuple[LayerStatistic, ...] = ()  # figures of linear layers
 
 
 class Evaluator:

@@ -26,6 +26,7 @@ from torch import Tensor
 from qfarm import cache, stats
 from qfarm.errors import NonFinite
 from qfarm.evaluate import Evaluator, Result
+from qfarm.ledger import measured
 from qfarm.matrix import canonical_hash
 from qfarm.recipe import STRICT
 from qfarm.record import Document, Metric
@@ -167,14 +168,5 @@ def _metrics(documents: Sequence[Document], agreed: NDArray[np.int64], new_token
         ("identical", agreed == new_tokens, "fraction of prompts"),
     ):
         mean = stats.clustered_mean(values, ones, clusters)
-        yield Metric(
-            metric=name,
-            value=mean.value,
-            unit=unit,
-            better="higher",
-            n=len(documents),
-            clusters=mean.clusters,
-            standard_error=mean.standard_error,
-            low=mean.low,
-            high=mean.high,
-        )
+        interval, error = mean.interval(), mean.standard_error
+        yield measured(name, unit, "higher", n=len(documents), clusters=mean.clusters, interval=interval, error=error)

@@ -42,12 +42,9 @@ class Kernel:
 
 
 def kernel(x: Tensor, quantize: Quantizer | None) -> Kernel:
-    """The kernel of a quantizer on x; None leaves x as it is.
-
-    The quantizer is given float32, in which no other element can come out as zero.
-    """
+    """The kernel of a quantizer on x; None leaves x as it is."""
     zero = x == 0
-    after = zero if quantize is None else quantize(x.float()) == 0
+    after = zero if quantize is None else quantize(x) == 0
     return Kernel(elements=x.numel(), zeroed=int((after | zero).sum()), zeros=int(zero.sum()))
 
 

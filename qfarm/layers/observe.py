@@ -31,6 +31,7 @@ class _Recorders:
 
         def listen(x: Tensor) -> Tensor:
             if self.current == place.layer:
+                collector.stats.heads = x.shape[1] if place.site in _IN_ATTENTION else None
                 # One row per token, all heads side by side: [batch, heads, tokens, d] -> [batch, tokens, heads x d].
                 collector.add(x.transpose(1, 2).flatten(2) if place.site in _IN_ATTENTION else x.flatten(2))
             return x
@@ -86,5 +87,6 @@ def _linear_inputs(
     collected = walk.collect(block, {group: linears[group[0]] for group in groups}, wanted, keep_outputs=True)
     for group, stats in collected.items():
         stats.foldable = absorbs_scale(loaded.model.config.to_dict(), group)
+        stats.divided = loaded.divided.get((block, group))
         for role in group:
             yield Place("linear_in", block, role), stats

@@ -28,6 +28,8 @@ class LoadedModel:
         self.blocks: list[nn.Module] = list(model.get_submodule(architecture.blocks))
         self.prefill: Prefill = "quantized"
         self.chunk: int | None = None
+        # Factors folded into the norms before groups of layers, by block and group, for methods that go on from there.
+        self.divided: dict[tuple[int, tuple[str, ...]], Tensor] = {}
         self._undo: list[Callable[[], object]] = []
         self._replaced: set[tuple[nn.Module, str]] = set()  # parameters whose originals are kept
 

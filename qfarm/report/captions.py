@@ -12,7 +12,7 @@ from qfarm.stats import FAMILY_ALPHA, INTERVAL_CLUSTERS, LEVEL, MARK_CLUSTERS, S
 
 ROWS_SHOWN = 50  # of one table in a terminal
 ERROR_SHOWN = 300  # characters of an error's one line
-BEST_SHOWN = 8
+NAMES_SHOWN = 8  # of rows listed in a sentence
 POOLS_SHOWN = 3  # of recipes and schemes with several seeds
 LEGEND = (
     "stored: bits per weight of the quantized layers, scales and zeros included. change: of perplexity per token "
@@ -33,9 +33,10 @@ def over_seeds(table: Table) -> str:
 
 def caption(table: Table) -> Iterator[str]:
     yield _measured(table)
+    yield from _divergence_floor(table)
     differences = [row.difference for row in table.rows if row.difference and row.stopped is None]
     if differences:
-        yield _meaning(table, min(difference.clusters for difference in differences))
+        yield _meaning(table, differences)
         yield from _family(table)
         yield from _best(table)
         yield _noise(table, differences)
@@ -66,10 +67,33 @@ def _measured(table: Table) -> str:
     return plain(f"{', '.join(counts)}; {', '.join([*words, f'protocol {table.eval_id[:ID_SHOWN]}'])}")
 
 
-def _meaning(table: Table, clusters: int) -> str:
+def _divergence_floor(table: Table) -> Iterator[str]:
+    """What arithmetic alone does to KL and flips, and who does no more than that."""
+    floors = [row.metrics for row in table.rows if row.is_baseline and "kl_floor" in row.metrics]
+    if not floors:
+        return
+    kl, flips = (floors[0].get(name) for name in ("kl_floor", "flips_floor"))
+    assert kl is not None
+    beside = f", flips {number(flips.value, flips.unit)}" if flips else ""
+    below = [
+        _name(row)
+        for row in table.rows
+        if not row.is_baseline and "kl" in row.metrics and row.metrics["kl"].value < 2 * kl.value
+    ]
+    words = f"; below twice that, and not to be ranked by KL: {', '.join(below)}" if below else ""
+    yield (
+        f"numeric floor: KL {number(kl.value, kl.unit)}{beside} (the baseline against itself, "
+        f"{plural(kl.n, 'window')} read in another shape of the forward pass){words}"
+    )
+
+
+def _meaning(table: Table, differences: Sequence[Difference]) -> str:
     """What the interval answers, and what it leaves out."""
+    clusters = min(difference.clusters for difference in differences)
     if clusters < INTERVAL_CLUSTERS:
         return f"paired by document; no intervals below {INTERVAL_CLUSTERS} clusters"
+    if all(difference.low is None for difference in differences):
+        return "paired by document; no intervals: nothing differs, or a task has one cluster only"
     words = [
         f"{100 * LEVEL:g} % intervals paired by document: how far the change would move on other text of this kind"
     ]
@@ -78,6 +102,8 @@ def _meaning(table: Table, clusters: int) -> str:
         words.append(f"{'1 seed' if len(seeds) == 1 else 'each row is one seed'}: calibration noise not included")
     if clusters < MARK_CLUSTERS:
         words.append(f"no marks below {MARK_CLUSTERS} clusters")
+    if skewed := sum(difference.skewed for difference in differences):
+        words.append(f"intervals of {plural(skewed, 'row')} may be too narrow: few clusters, strongly skewed")
     return "; ".join(words)
 
 
@@ -96,6 +122,8 @@ def _family(table: Table) -> Iterator[str]:
             f"= within {table.margin.text} of the baseline, the margin fixed in the job or on the command line: "
             f"equivalence test, Holm over {family}"
         )
+        safe = list(dict.fromkeys(_name(row) for row in table.rows if row.non_inferior))
+        yield f"not worse by {table.margin.text} or more (one-sided, Holm over {family}): {_listed(safe) or 'none'}"
     tested = table.tested
     if len(tested) > 1:
         small, expected = sum(p < FAMILY_ALPHA for p in tested), FAMILY_ALPHA * len(tested)
@@ -107,11 +135,14 @@ def _best(table: Table) -> Iterator[str]:
     if not ranked:
         return
     best = list(dict.fromkeys(_name(row) for row in ranked if row.best))
-    more = len(best) - BEST_SHOWN
-    names = ", ".join(best[:BEST_SHOWN]) + (f" and {more} more" if more > 0 else "")
-    yield f"not shown worse than the best (|): {names}; no claim that these are equal"
+    yield f"not shown worse than the best (|): {_listed(best)}; no claim that these are equal"
     if table.left_out:
         yield f"{plural(table.left_out, 'row')} without a place: too few clusters, or not on all of the documents"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _name(row: Row) -> str:
@@ -140,7 +171,7 @@ def _noise(table: Table, differences: Sequence[Difference]) -> str:
     if detectable:
         floors.append(float(np.median(detectable)))
         words.append(f"detectable {_amount(one, floors[-1])} (2.8 standard errors, median row)")
-    floor = f" {_amount(one, max(floors))}, the largest of" if floors else ""
+    floor = f" {_amount(one, max(floors))}" + ", the largest of" * (len(floors) > 1) if floors else " of the change"
     return f"noise floor{floor}: {'; '.join(words)}"
 
 

@@ -39,7 +39,8 @@ def _change(mark_width: int, row: Row) -> str:
     if row.difference is None:
         return ""
     if row.difference.identical:
-        return "identical" + " " * mark_width
+        same = "no flips" if isinstance(row.difference, AccuracyDifference) else "identical"
+        return same + " " * mark_width
     return _shown(row.difference.shown, row.difference.unit) + row.mark.ljust(mark_width)
 
 
@@ -91,6 +92,10 @@ def _seed(row: Row) -> str:
     return "" if row.cell.seed is None else str(row.cell.seed)
 
 
+def _causal(row: Row) -> str:
+    return "no" if row.cell.causal is False else ""
+
+
 def _best(row: Row) -> str:
     return "|" if row.best else ""
 
@@ -106,6 +111,7 @@ def _columns(change: str, mark_width: int) -> tuple[Column, ...]:
         Column(heading="group", text=_group, rank=2),
         Column(heading="seed", text=_seed, rank=2),
         Column(heading="stored", text=lambda row: number(row.cell.linear_bits, "bits"), rank=3),
+        Column(heading="KV bits", text=lambda row: number(row.cell.kv_bits, "bits"), rank=3),
         Column(heading="PPL", text=_metric("perplexity"), rank=1),
         Column(heading=change + " " * mark_width, text=functools.partial(_change, mark_width), rank=1),
         Column(heading="95 % interval", text=_change_interval, rank=4),
@@ -119,6 +125,7 @@ def _columns(change: str, mark_width: int) -> tuple[Column, ...]:
         Column(heading="gained", text=_items("gained"), rank=10),
         Column(heading="KL back", text=_metric("kl_reverse"), rank=11),
         Column(heading="model bits", text=lambda row: number(row.cell.model_bits, "bits"), rank=12),
+        Column(heading="causal", text=_causal, rank=6),
         Column(heading="Pareto", text=_front, rank=13, numeric=False),
         Column(heading="time", text=lambda row: duration(row.wall_s), rank=7),
         Column(
@@ -129,6 +136,7 @@ def _columns(change: str, mark_width: int) -> tuple[Column, ...]:
 
 SHOWN_METRICS = frozenset(
     {"perplexity", "kl", "top1_agreement", "top1_accuracy", "flips", "lost", "gained", "kl_reverse"}
+    | {"kl_floor", "flips_floor"}  # in the caption
 )
 
 

@@ -9,7 +9,14 @@ from typing import Any
 from qfarm.errors import InvalidInput
 from qfarm.margin import Margin, parse_margin
 from qfarm.record import CellRow, MetricRow
-from qfarm.report.changes import DocumentChange, TaskChange, document_changes, task_changes
+from qfarm.report.changes import (
+    AnswerChanges,
+    DocumentChange,
+    TaskChange,
+    answer_changes,
+    document_changes,
+    task_changes,
+)
 from qfarm.report.find import find
 from qfarm.report.floors import NOT_KNOWN, Baseline, NumericFloor, numeric_floors
 from qfarm.report.pairs import Pairing, Readable, Target, pairing_of, shared_pieces
@@ -20,6 +27,7 @@ from qfarm.report.tables import target_of
 from qfarm.stats import ALPHA, Difference, SeedsMean, Verdict, rows_of_seeds, seeds_interval, verdict
 
 _THERE = "the other cell"
+_UNPAIRED = "each cell on its own: this evaluation has no losses or right and wrong answers to pair"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,10 +43,12 @@ class PairResult:
     margin: Margin | None
     verdict: Verdict | None
     within_margin: bool | None
+    non_inferior_p: float | None  # one-sided, against a loss of the margin or more
     numeric: NumericFloor
     documents: tuple[DocumentChange, ...]  # the largest changes
     without_largest: Difference | None  # where one document carries more than half of the total change
     tasks: tuple[TaskChange, ...]
+    answers: AnswerChanges | None  # of items
     seeds: SeedsMean | None  # over the seeds that both have
     one_seed: bool  # a seed was drawn, and its noise is not in the interval
 
@@ -132,7 +142,7 @@ def _result(
 ) -> PairResult:
     eval_id, target = ours[0].eval_id, target_of(theirs, second)
     pieces = shared_pieces(context.store, (first, eval_id), (second, eval_id), target)
-    pairing = pairing_of(pieces, target, _THERE) if pieces else Pairing(remark="no ledger to compare")
+    pairing = pairing_of(pieces, target, _THERE) if pieces else Pairing(remark=_UNPAIRED)
     stopped = [metric.stopped_early for metric in (*ours, *theirs) if metric.stopped_early is not None]
     if stopped:
         pairing = _of_prefix(pairing, min(stopped))
@@ -157,10 +167,12 @@ def _result(
         margin=margin,
         verdict=judged,
         within_margin=None if margin_p is None else margin_p < ALPHA,
+        non_inferior_p=difference.non_inferior_p(margin.amount) if difference and margin else None,
         numeric=numeric,
         documents=documents,
         without_largest=without,
         tasks=task_changes(pieces, target) if difference and pieces else (),
+        answers=answer_changes(context.store, (first, eval_id), (second, eval_id)) if difference else None,
         seeds=seeds,
         one_seed=seeds is None and any(context.cells[cell].seed is not None for cell in (first, second)),
     )

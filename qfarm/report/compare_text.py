@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import RenderableType
 from rich.text import Text
 
+from qfarm.report.changes import AnswerChanges, TaskChange
 from qfarm.report.compare import Comparison, PairResult
 from qfarm.report.data import difference_data, json_text
 from qfarm.report.figures import interval, number, plain, plural
@@ -27,6 +29,7 @@ from qfarm.stats import (
 )
 
 PROVENANCE_SHOWN = 12
+ANSWER_SHOWN = 24  # characters of a generated answer: its end, where the answer mostly stands
 _BESIDE = ("kl", "top1_agreement")  # of the metrics beside the headline, those that are shown
 
 
@@ -74,12 +77,11 @@ def _parts(comparison: Comparison) -> Iterator[RenderableType]:
 def _result(result: PairResult) -> Iterator[RenderableType]:
     found = result.difference
     known = headline({name: both[0] for name, both in result.metrics.items()})
-    names = ([known.metric] if known else []) + [name for name in _BESIDE if name in result.metrics]
+    names = [known.metric, *(name for name in _BESIDE if name in result.metrics)] if known else list(result.metrics)
     facts = {plain(name): _both(result, name) for name in names}
-    facts = {("first, second " + name): text for name, text in facts.items()}
     if found:
         facts |= {"verdict": _verdict(result, found), "change": _change(found), "test": _test(found)}
-        facts |= _items(found) if isinstance(found, AccuracyDifference) else {}
+        facts |= _items(found, result.answers) if isinstance(found, AccuracyDifference) else {}
         facts |= {"margin": _margin(result), "seeds": _seeds(result, found), "noise": _numeric(result, found)}
         facts["on"] = f"{plural(found.n, _unit(found))}, {plural(found.clusters, 'cluster')}, paired"
     facts["remark"] = result.remark
@@ -90,27 +92,66 @@ def _result(result: PairResult) -> Iterator[RenderableType]:
         yield from _documents(result, found)
     if result.tasks:
         yield Text("")
-        rows = [
-            (
-                task.task,
-                f"{task.n:,}",
-                number(100 * task.change, "points", signed=True),
-                str(task.lost),
-                str(task.gained),
-            )
-            for task in result.tasks
-        ]
+        yield from _tasks(result.tasks)
+    if result.answers and result.answers.largest:
+        yield Text("")
+        yield from _answers(result.answers)
+
+
+def _tasks(tasks: Sequence[TaskChange]) -> Iterator[RenderableType]:
+    """Tasks with a flip, and how many have none."""
+    rows = [
+        (
+            task.task,
+            f"{task.n:,}",
+            number(100 * task.change, "points", signed=True),
+            str(task.lost),
+            str(task.gained),
+        )
+        for task in tasks
+        if task.lost or task.gained
+    ]
+    if rows:
         yield grid(("task", "n", "points", "lost", "gained"), rows, numeric=(1, 2, 3, 4))
+    if len(rows) < len(tasks):
+        yield Text(f"{plural(len(tasks) - len(rows), 'task')} without a flip")
+
+
+def _answers(answers: AnswerChanges) -> Iterator[RenderableType]:
+    """Items that changed most: flips first, then by how much probability moved between the choices."""
+    yield Text("answers that changed most, flips first (moved: share of the choices' probability):", overflow="fold")
+    rows = [
+        (
+            item.document[:ID_SHOWN],
+            item.task,
+            *(_answer(text, right) for text, right in zip(item.answers, item.right, strict=True)),
+            number(item.moved, "fraction"),
+        )
+        for item in answers.largest
+    ]
+    yield grid(("item", "task", "first", "second", "moved"), rows, numeric=(4,))
+
+
+def _answer(text: str, right: int | None) -> str:
+    """'2 right', '... is 18 wrong'."""
+    line = plain(text)
+    shown = line if len(line) <= ANSWER_SHOWN else f"…{line[-ANSWER_SHOWN:]}"
+    return f"{shown} {'' if right is None else 'right' if right else 'wrong'}".strip()
 
 
 def _both(result: PairResult, name: str) -> str:
-    return ", ".join(number(metric.value, metric.unit) for metric in result.metrics[name])
+    return ", ".join(
+        f"{side} {number(metric.value, metric.unit)}"
+        for side, metric in zip(("first", "second"), result.metrics[name], strict=True)
+    )
 
 
 def _verdict(result: PairResult, found: Difference) -> str:
     """'worse, within 1 %', 'undecided (3.7 % would be found in 80 % of cases)'."""
     said: str = result.verdict or "none"
     if result.verdict == "identical":
+        if isinstance(found, AccuracyDifference):
+            return f"no flips: right and wrong on the same items, {found.n:,} in all"
         return f"identical on {plural(found.n, _unit(found))}"
     if result.verdict is None:
         return f"none: {_why_not_tested(result, found)}"
@@ -152,11 +193,13 @@ def p_text(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
-def _items(found: AccuracyDifference) -> dict[str, str]:
+def _items(found: AccuracyDifference, answers: AnswerChanges | None) -> dict[str, str]:
     low, high = found.flips.low, found.flips.high
+    changed = f"{answers.changed:,} of {answers.items:,}, from wrong to another wrong included" if answers else ""
     return {
+        "answers changed": changed,
         "flips": f"{number(found.flips.value, 'fraction')} {interval(low, high, 'fraction')} of items: "
-        f"{found.lost:,} lost (right in the second only), {found.gained:,} gained (right in the first only)"
+        f"{found.lost:,} lost (right in the second only), {found.gained:,} gained (right in the first only)",
     }
 
 
@@ -165,7 +208,9 @@ def _margin(result: PairResult) -> str:
         return ""
     if result.within_margin is None:
         return f"{result.margin.text}: not tested"
-    return f"{result.margin.text}: {'within (equivalence test)' if result.within_margin else 'not shown to be within'}"
+    within = "within (equivalence test)" if result.within_margin else "not shown to be within"
+    p = result.non_inferior_p
+    return f"{result.margin.text}: {within}" + ("" if p is None else f"; not worse by more: p {p_text(p)}, one-sided")
 
 
 def _seeds(result: PairResult, found: Difference) -> str:
@@ -193,14 +238,15 @@ def _documents(result: PairResult, found: Difference) -> Iterator[RenderableType
     rows = [
         (
             document.document[:ID_SHOWN],
+            document.windows,
             f"{document.pieces:,}",
             f"{document.tokens:,}",
-            number(document.change, "nats", signed=True),
+            f"{document.change:+,.2f}",
             "" if document.share is None else number(document.share, "fraction", signed=True),
         )
         for document in result.documents
     ]
-    yield grid(("document", "pieces", "tokens", "nats", "share"), rows, numeric=(1, 2, 3, 4))
+    yield grid(("document", "windows", "pieces", "tokens", "nats", "share"), rows, numeric=(2, 3, 4, 5))
     if result.without_largest:
         yield Text(
             f"document {plain(result.documents[0].document[:ID_SHOWN])} carries more than half of the total change; "
@@ -237,17 +283,19 @@ def _data(result: PairResult) -> dict[str, Any]:
         "verdict": result.verdict,
         "margin": result.margin.text if result.margin else None,
         "within_margin": result.within_margin,
+        "p_non_inferior": result.non_inferior_p,
         "numeric_floor": result.numeric.amount,
         "numeric_floor_source": result.numeric.source,
         "seeds": _seeds_data(result.seeds, found) if result.seeds and found else None,
         "largest_documents": [
-            {name: getattr(one, name) for name in ("document", "pieces", "tokens", "change", "share")}
+            {name: getattr(one, name) for name in ("document", "windows", "pieces", "tokens", "change", "share")}
             for one in result.documents
         ],
         "without_largest": difference_data(result.without_largest) if result.without_largest else None,
         "tasks": [
             {name: getattr(one, name) for name in ("task", "n", "change", "lost", "gained")} for one in result.tasks
         ],
+        "answers": dataclasses.asdict(result.answers) if result.answers else None,
         "remark": result.remark,
     }
 

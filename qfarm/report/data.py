@@ -17,6 +17,7 @@ from qfarm.stats import FAMILY_ALPHA, AccuracyDifference, Difference, Interval
 _CELL = (
     *("cell_id", "recipe", "scheme", "group_size", "seed", "symmetric", "scale_dtype", "dtype", "statistics"),
     *("linear_bits", "model_bits", "linear_bytes", "model_bytes", "layers_quantized", "layers_skipped"),
+    *("kv_bits", "causal"),
 )
 _METRIC = ("value", "standard_error", "low", "high", "n", "clusters")
 _OPENS_FORMULA = ("=", "+", "-", "@")  # what a spreadsheet would run
@@ -80,8 +81,10 @@ def _row(row: Row) -> dict[str, Any]:
         "p_holm": row.adjusted_p,
         "p_bh": row.screened_p,
         "p_margin": row.margin_p,
+        "p_non_inferior": row.non_inferior_p,
         "verdict": row.verdict,
         "within_margin": row.within_margin if row.margin_p is not None else None,
+        "non_inferior": row.non_inferior if row.non_inferior_p is not None else None,
         "noise_floor": row.noise_floor,
         "best": row.best,
         "front": row.front,

@@ -55,11 +55,17 @@ def _adjusted(rows: Sequence[Row], margin: Margin | None) -> list[Row]:
     def equivalence(row: Row) -> float | None:
         return row.difference.equivalence_p(margin.amount) if margin and row.difference and test(row) else None
 
+    def harmless(row: Row) -> float | None:
+        return row.difference.non_inferior_p(margin.amount) if margin and row.difference and test(row) else None
+
     adjusted = _over_family(rows, test, holm)
     screened = _over_family(rows, test, benjamini_hochberg)
     within = _over_family(rows, equivalence, holm)
+    safe = _over_family(rows, harmless, holm)
     return [
-        dataclasses.replace(row, adjusted_p=adjusted[i], screened_p=screened[i], margin_p=within[i])
+        dataclasses.replace(
+            row, adjusted_p=adjusted[i], screened_p=screened[i], margin_p=within[i], non_inferior_p=safe[i]
+        )
         for i, row in enumerate(rows)
     ]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from qfarm.report.pairs import Key, Readable, Target, pairing_of, shared_pieces
 
-NOT_KNOWN = "not known: no baseline of these files in another dtype"
+NOT_KNOWN = "not known (no baseline of these files in another dtype)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

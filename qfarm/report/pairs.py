@@ -24,6 +24,7 @@ BATCH = 256  # cells whose ledgers are in memory at once
 SHARED = 0.9  # of the smaller ledger: below it, what is missing may be what is hard
 _LEDGER = ("cell_id", "eval_id", "document", "window", "task", "cluster", "tokens", "loss", "correct")
 _KEYS = ["eval_id", "document", "window", "task"]
+_TASK = ["cell_id", "eval_id", "task"]
 _OWNER = pa.schema([("eval_id", pa.string()), ("cell_id", pa.string())])
 
 Key = tuple[str, str]  # (cell_id, eval_id)
@@ -57,7 +58,7 @@ class Pieces:
         return 0 if self.table is None else len(self.table)
 
     def numbers(self, name: str) -> NDArray[Any]:
-        """A column [piece]: tokens, items, value (first), value_other (second) or cluster_number."""
+        """A column [piece]: tokens, items, window, value (first), value_other (second) or cluster_number."""
         assert self.table is not None
         found: NDArray[Any] = self.table[name].to_numpy()
         return found
@@ -178,22 +179,25 @@ def item_by_item(pieces: Pieces) -> tuple[NDArray[np.int64], NDArray[np.float64]
 def _ledger(store: Readable, cells: Collection[str], targets: Mapping[str, Target]) -> pa.Table:
     """One row per piece of the evaluations that have what is compared: value, tokens, rows.
 
-    A value that is missing is not a number.
+    Tasks whose items are not right or wrong (TruthfulQA's mc2) are left out. A value that is missing is not a number.
     """
     table = store.read("documents", columns=_LEDGER, cell_ids=cells)
     table = table.filter(pc.is_in(table["eval_id"], pa.array(list(targets), pa.string())))
     items = pa.array([eval_id for eval_id, target in targets.items() if target.measure == "accuracy"], pa.string())
     right = pc.cast(table["correct"], pa.float64())
     table = table.append_column("value", pc.if_else(pc.is_in(table["eval_id"], items), right, table["loss"]))
-    counted = table.group_by(["cell_id", "eval_id"]).aggregate([("value", "count")])
-    kept = counted.filter(pc.greater(counted["value_count"], 0)).select(["cell_id", "eval_id"])
-    # A join never matches nulls.
-    for name, nothing in (("window", -1), ("task", ""), ("value", math.nan)):
-        table = table.set_column(table.schema.get_field_index(name), name, pc.fill_null(table[name], nothing))
-    table = table.drop_columns(["loss", "correct"]).join(kept, keys=["cell_id", "eval_id"], join_type="inner")
+    table = _filled(table, "task", "")  # a join never matches nulls
+    counted = table.group_by(_TASK).aggregate([("value", "count")])
+    kept = counted.filter(pc.greater(counted["value_count"], 0)).select(_TASK)
+    table = _filled(_filled(table, "window", -1), "value", math.nan)
+    table = table.drop_columns(["loss", "correct"]).join(kept, keys=_TASK, join_type="inner")
     grouped = table.group_by(["cell_id", *_KEYS, "cluster"])
     summed = grouped.aggregate([("tokens", "sum"), ("value", "sum"), ([], "count_all")])
     return summed.rename_columns(["cell_id", *_KEYS, "cluster", "tokens", "value", "items"])
+
+
+def _filled(table: pa.Table, name: str, value: object) -> pa.Table:
+    return table.set_column(table.schema.get_field_index(name), name, pc.fill_null(table[name], value))
 
 
 def _numbered(reference: pa.Table) -> pa.Table:

@@ -44,14 +44,14 @@ def _cells(plan: Plan, width: int) -> Table:
     table.add_column("cell", no_wrap=True)
     if width >= WIDE or len({planned.cell.model for planned in plan.cells}) > 1:
         table.add_column("model", overflow="ellipsis", no_wrap=True, max_width=max(12, width // 3))
-    table.add_column("recipe", overflow="fold")
+    table.add_column("recipe", overflow="fold")  # with the options that are not the defaults
     for name in ("scheme", "group", "seed", "state", "time", "memory"):
         table.add_column(name, no_wrap=True, justify="right")
     for planned in plan.cells:
         cell, estimate = planned.cell, planned.estimate
         row = [
             cell.cell_id[:12],
-            plain(cell.recipe),
+            plain(" ".join(filter(None, [cell.recipe, cell.variant]))),
             cell.scheme,
             "-" if cell.group_size == -1 else str(cell.group_size),
         ]

@@ -56,6 +56,7 @@ class Row:
     adjusted_p: float | None = None  # Holm over the table; None below MARK_CLUSTERS
     screened_p: float | None = None  # Benjamini-Hochberg over the same family
     margin_p: float | None = None  # of equivalence within the table's margin, Holm over the table
+    non_inferior_p: float | None = None  # one-sided: against a loss of the margin or more, Holm over the table
     noise_floor: float = 0.0  # differences to the baseline below it are not judged; in the scale of the difference
     with_seeds: Interval | None = None  # of a one-seed row, the noise of its calibration sample included
     best: bool | None = None  # not shown worse than any other; None: not ranked
@@ -90,6 +91,10 @@ class Row:
     @property
     def within_margin(self) -> bool:
         return self.margin_p is not None and self.margin_p < FAMILY_ALPHA
+
+    @property
+    def non_inferior(self) -> bool:
+        return self.non_inferior_p is not None and self.non_inferior_p < FAMILY_ALPHA
 
     @property
     def mark(self) -> str:
@@ -167,7 +172,7 @@ class Results:
 def headline(metrics: Mapping[str, MetricRow]) -> MetricRow | None:
     """What an evaluation is known by; None where it has nothing of the kind."""
     for wanted in HEADLINES:
-        for name in sorted(metrics):
+        for name in metrics:  # as stored: of a task's filters, the first is the one that decides right and wrong
             if name.partition(",")[0] == wanted:
                 return metrics[name]
     return None

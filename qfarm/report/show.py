@@ -10,9 +10,11 @@ from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from qfarm.record import AttemptRow, CellRow, LayerRow, MetricRow
+from qfarm.record import AnalysisRow, AttemptRow, CellRow, LayerRow, MetricRow
+from qfarm.report.data import json_text
 from qfarm.report.figures import duration, interval, number, plain, plural, size
 from qfarm.report.find import find
+from qfarm.report.layer_table import layer_tables
 from qfarm.report.layout import grid, pairs, section, words
 from qfarm.report.pairs import Readable
 from qfarm.report.protocols import flatten
@@ -21,6 +23,7 @@ from qfarm.report.rows import label, parsed, records
 
 WORST_LAYERS = 5
 MODULES_SHOWN = 3
+NOT_CAUSAL = "no: a quantizer looks across tokens, so that a prompt and its decoding give different numbers"
 
 
 def show(store: Readable, prefix: str, *, width: int | None = None, color: bool = False) -> str:
@@ -42,6 +45,8 @@ def show(store: Readable, prefix: str, *, width: int | None = None, color: bool 
         metrics = records(store, "metrics", MetricRow, [cell_id])
         accepted = _accepted(cells[0], metrics)
         parts += _metrics(metrics)
+        labels = {metric.eval_id: metric.evaluation for metric in metrics}
+        parts += layer_tables(records(store, "analysis", AnalysisRow, [cell_id]), labels)
     else:
         parts += section(f"cell {plain(cell_id)}", [Text("no attempt has stored a result")])
     for attempt in attempts:
@@ -51,6 +56,13 @@ def show(store: Readable, prefix: str, *, width: int | None = None, color: bool 
         title = f"provenance of attempt {plain(source.attempt_id)}"
         parts += section(title, [pairs({plain(key): words(value) for key, value in made.items()})])
     return terminal_text(parts, columns, color)
+
+
+def show_json(store: Readable, prefix: str) -> str:
+    """All rows of that cell, table by table, every column as it is stored; numbers that are not finite are null."""
+    cell_id = find(store, prefix)
+    tables = ("cells", "layers", "metrics", "analysis", "attempts")
+    return json_text({table: store.read(table, cell_ids=[cell_id]).to_pylist() for table in tables})
 
 
 def _accepted(cell: CellRow, metrics: Iterable[MetricRow]) -> dict[str, str]:
@@ -82,9 +94,15 @@ def _identity(cell: CellRow) -> list[RenderableType]:
     sizes = {
         "quantized layers": f"{number(cell.linear_bits, 'bits')} bits per weight, {size(cell.linear_bytes)}",
         "whole model": f"{number(cell.model_bits, 'bits')} bits per parameter, {size(cell.model_bytes)}",
+        "KV cache": _cache(cell),
+        "causal": {None: "", True: "yes", False: NOT_CAUSAL}[cell.causal],
         "stored": cell.created,
     }
     return section(plain(f"{label(cell)} · {cell.model}"), [pairs(axes | sizes)])
+
+
+def _cache(cell: CellRow) -> str:
+    return "" if cell.kv_bits is None else f"{number(cell.kv_bits, 'bits')} stored bits per cached number"
 
 
 def _layers(layers: Sequence[LayerRow]) -> list[RenderableType]:

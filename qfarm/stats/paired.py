@@ -8,11 +8,14 @@ from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import stats
 
 from qfarm.errors import NonFinite
 from qfarm.stats.means import TEST_CLUSTERS, Floats, Interval, Mean, clustered_mean, percent, t_tail
 
 ALPHA = 0.05
+SKEW = 2.0  # from here on, an interval of few clusters is too narrow
+SKEW_CLUSTERS = 50
 DETECTABLE = 2.8  # standard errors: found in 80 % of all runs at 5 %, two-sided
 
 Verdict = Literal["worse", "better", "within margin", "undecided", "identical"]
@@ -58,6 +61,14 @@ class Difference:
     def detectable(self) -> float | None:
         """Smallest difference, in the scale of delta, that this many documents would show in 80 % of all cases."""
         return None if self.standard_error is None else DETECTABLE * self.standard_error
+
+    @property
+    def skewed(self) -> bool:
+        """Too few clusters for how unevenly their differences are spread: t intervals cover 90 instead of 95 %."""
+        parts = self.influence
+        if parts is None or self.low is None or self.clusters >= SKEW_CLUSTERS or not parts.any():
+            return False
+        return bool(abs(stats.skew(parts)) > SKEW)
 
     def show(self, amount: float) -> float:
         """An amount in the scale of delta as a reader sees it: in percent of the perplexity."""

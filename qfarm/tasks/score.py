@@ -15,6 +15,7 @@ from lm_eval.api.metrics import mean
 
 from qfarm import stats
 from qfarm.errors import NonFinite
+from qfarm.ledger import measured
 from qfarm.record import Document, Metric
 from qfarm.tasks.build import Item, Prepared
 from qfarm.tasks.generate import Generated
@@ -94,23 +95,13 @@ def _task_metrics(scored: Scored, prefix: bool) -> Iterator[Metric]:
 def _mean(name: str, values: Sequence[float], clusters: Sequence[str], better: str) -> Metric:
     found = stats.clustered_mean(values, [1] * len(values), clusters)
     interval = found.interval()
-    if found.clusters == len(values) and _right_or_wrong(values):
+    if found.clusters == len(values) >= stats.INTERVAL_CLUSTERS and _right_or_wrong(values):
         interval = stats.wilson(round(sum(values)), len(values))
-    return _metric(name, found, interval, len(values), better, _unit(values))
+    return _measured(name, found, interval, len(values), better, _unit(values))
 
 
-def _metric(name: str, mean: stats.Mean, interval: stats.Interval, n: int, better: str, unit: str) -> Metric:
-    return Metric(
-        metric=name,
-        value=mean.value,
-        unit=unit,
-        better=better,
-        n=n,
-        clusters=mean.clusters,
-        standard_error=mean.standard_error,
-        low=interval.low,
-        high=interval.high,
-    )
+def _measured(name: str, mean: stats.Mean, interval: stats.Interval, n: int, better: str, unit: str) -> Metric:
+    return measured(name, unit, better, n=n, clusters=mean.clusters, interval=interval, error=mean.standard_error)
 
 
 def _right_or_wrong(values: Sequence[float]) -> bool:
@@ -141,7 +132,7 @@ def _group_metrics(scored: Sequence[Scored], aggregate: Aggregate, suite: str) -
             values, [1] * len(values), clusters, tasks, weights="size" if aggregate.weight_by_size else "plain"
         )
         name = metric_name(*key, None if aggregate.name == suite else aggregate.name)
-        yield _metric(name, mean, mean.interval(), len(values), "higher", _unit(values))
+        yield _measured(name, mean, mean.interval(), len(values), "higher", _unit(values))
 
 
 # -- ledger -----------------------------------------------------------------------------------------------------------
@@ -152,6 +143,8 @@ def documents(scored: Scored, answers: Sequence[Answer]) -> Iterator[Document]:
     prepared, start = scored.prepared, 0
     tokens = _tokens(prepared, answers)
     right = next((values for key in HEADLINES for (name, _), values in scored.values.items() if name == key), None)
+    if right is not None and not _right_or_wrong(right):
+        right = None  # shares, such as those of TruthfulQA's mc2
     for index, item in enumerate(prepared.items):
         own = slice(start, start + len(item.instances))
         start = own.stop
@@ -161,7 +154,7 @@ def documents(scored: Scored, answers: Sequence[Answer]) -> Iterator[Document]:
             cluster=item.cluster,
             task=prepared.leaf.name,
             tokens=sum(tokens[own]),
-            correct=int(value) if value in (0, 1, True, False) else None,
+            correct=None if value is None else int(value),
             **_answer(prepared, item, answers[own]),
         )
 

@@ -1,0 +1,191 @@
+"""Act: uniform rounding of linear inputs with a choice of granularity, of when ranges are known, and of clipping.
+
+    range      low, high of a token, of a block of it, of the whole tensor, or of a channel; dynamic: of the tensor at
+               hand, static: of calibration text
+    symmetric  s = max(-low, high) / (2^(b-1) - 1)     x_hat = s clamp(round(x / s), +-(2^(b-1) - 1))
+    asymmetric low = min(low, 0), high = max(high, 0)  s = (high - low) / (2^b - 1)   z = round(-low / s)
+               x_hat = s (clamp(round(x / s) + z, 0, 2^b - 1) - z)
+
+Clipping: `percentile` p takes the smallest value with p % of all values at or below it (nearest rank; of |x| for
+symmetric grids, of x and -x for asymmetric ones); `mse` shrinks the range to 1, 0.99, .. 0.21 of itself and keeps what
+makes sum |x_hat - x|^2.4 smallest, the search of GPTQ's reference code. Defaults (token, dynamic, none, symmetric) are
+what a scheme gets from no method at all.
+
+Dynamic tensor and channel ranges look at all tokens of a call, hence at later ones: cells are marked, and results move
+with batches and padding. Static ranges do not; a token has none, so static means tensor or channel. Channels have no
+integer product with the weights, since their scales differ inside a sum: a measurement, not a deployment. Static ranges
+without clipping are the extremes of the calibration text; with clipping they come from its sample of ordinary tokens
+(up to 512, norms up to 4 times the median), so that massive tokens do not decide what is clipped. What lies beyond a
+static range is clipped; a channel that was always zero stays zero.
+
+Stored: nothing for dynamic ranges; static: one scale (and zero point) per layer or per channel. Arithmetic is float32,
+rounding half to even, tokens of zeros stay zeros, NaN stays NaN.
+
+Differences from qllm-infer, whose quantizer this follows: the symmetric range is restricted, so that both ends are
+exact; its default, dynamic ranges per channel, has to be asked for; the search is reachable (there it is switched off
+in every call). Static ranges and percentiles are not in it; how they are taken is ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from qfarm.inputs import InputStatistics, Statistic
+from qfarm.layers.rtn import TINY, Quantizer
+from qfarm.layers.sites import Observed, Place
+from qfarm.models.architecture import linear_shapes
+from qfarm.quantizer import SEARCH_GRID, SEARCH_NORM, SEARCH_STEPS
+from qfarm.recipe import STRICT, ActivationMethod
+
+USUAL_PERCENTILE = 99.9
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Act(ActivationMethod):
+    source = "github.com/aiha-lab/qllm-infer (its Quantizer, after github.com/IST-DASLab/gptq)"
+
+    granularity: Literal["token", "tensor", "channel"] = Field("token", description="what shares a scale")
+    group_size: int = Field(-1, description="token: consecutive features that share a scale; -1: the whole token")
+    mode: Literal["dynamic", "static"] = Field("dynamic", description="ranges of each call, or of calibration text")
+    clip: Literal["none", "percentile", "mse"] = Field("none", description="how ranges are narrowed")
+    percentile: float | None = Field(None, gt=50, le=100, description="of clip: percentile; default 99.9")
+    symmetric: bool = Field(True, description="grid around zero; false: from the smallest to the largest value")
+
+    @property
+    def causal(self) -> bool:
+        return self.mode == "static" or self.granularity == "token"
+
+    def statistics(self) -> frozenset[Statistic]:
+        if self.mode == "dynamic":
+            return frozenset()
+        return frozenset({Statistic.RANGE if self.clip == "none" else Statistic.SAMPLE})
+
+    def refusal(self, group_size: int, symmetric: bool) -> str | None:
+        if self.mode == "static" and self.granularity == "token":
+            return "static ranges are of a tensor or a channel; use granularity: tensor or channel, or mode: dynamic"
+        if self.percentile is not None and self.clip != "percentile":
+            return "percentile needs clip: percentile"
+        if self.group_size == -1:
+            return None
+        if self.group_size < 2:
+            return f"group_size is -1 or at least 2, not {self.group_size}"
+        return None if self.granularity == "token" else "group_size needs granularity: token"
+
+    def model_refusal(self, config: Mapping[str, Any]) -> str | None:
+        if self.group_size == -1:
+            return None
+        for role, (_, columns) in linear_shapes(config, "model").items():
+            if columns % self.group_size:
+                return f"group_size: {self.group_size} does not divide the {columns} inputs of {role}"
+        return None
+
+    def quantizer(self, place: Place, bits: int, observed: Observed) -> Quantizer:
+        grid = ActGrid(bits=bits, symmetric=self.symmetric, clip=self.clip, percentile=self.percentile)
+        if self.mode == "dynamic":
+            return Dynamic(grid=grid, granularity=self.granularity, group_size=self.group_size)
+        low, high = self._calibrated(grid, observed[place])
+        return Static(grid=grid, low=low, high=high)
+
+    def _calibrated(self, grid: ActGrid, inputs: InputStatistics) -> tuple[Tensor, Tensor]:
+        """Ends of the range, [1] or [features]."""
+        whole = self.granularity == "tensor"
+        if self.clip == "none":
+            assert inputs.low is not None and inputs.high is not None
+            if whole:
+                return inputs.low.amin(0, keepdim=True), inputs.high.amax(0, keepdim=True)
+            return inputs.low, inputs.high
+        assert inputs.sample is not None
+        low, high = grid.range(inputs.sample.reshape(1, -1) if whole else inputs.sample.T)
+        return low[:, 0], high[:, 0]
+
+
+METHOD = Act
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActGrid:
+    """How values [rows, n] in float32 are rounded, given a range per row."""
+
+    bits: int
+    symmetric: bool
+    clip: Literal["none", "percentile", "mse"]
+    percentile: float | None
+
+    def range(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Ends [rows, 1] of the range, clipped as wanted."""
+        if self.clip == "percentile":
+            return self._percentile(values)
+        low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+        return self._search(values, low, high) if self.clip == "mse" else (low, high)
+
+    def round_trip(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Quantize and dequantize; low and high broadcast against values."""
+        if self.symmetric:
+            top = 2.0 ** (self.bits - 1) - 1
+            scale = (torch.maximum(-low, high) / top).clamp(min=TINY)
+            return torch.round(values / scale).clamp(-top, top) * scale
+        low, high, top = low.clamp(max=0), high.clamp(min=0), 2.0**self.bits - 1
+        scale = ((high - low) / top).clamp(min=TINY)
+        zero = torch.round(-low / scale).clamp(0, top)
+        return ((torch.round(values / scale) + zero).clamp(0, top) - zero) * scale
+
+    def _percentile(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        share = (USUAL_PERCENTILE if self.percentile is None else self.percentile) / 100
+        # Products such as 0.999 * 1000 come out a hair above the whole number that is meant.
+        rank = max(1, math.ceil(share * values.shape[-1] - 1e-9))
+        if self.symmetric:
+            end = values.abs().kthvalue(rank, dim=-1, keepdim=True).values
+            return -end, end
+        return -(-values).kthvalue(rank, dim=-1, keepdim=True).values, values.kthvalue(rank, -1, keepdim=True).values
+
+    def _search(self, values: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        best, chosen = torch.full_like(low, torch.inf), torch.ones_like(low)
+        for step in range(SEARCH_STEPS):
+            shrink = 1 - step / SEARCH_GRID
+            error = (self.round_trip(values, low * shrink, high * shrink) - values).abs().pow(SEARCH_NORM)
+            total = error.sum(-1, keepdim=True)
+            chosen = torch.where(total < best, shrink, chosen)
+            best = torch.minimum(best, total)
+        return low * chosen, high * chosen
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dynamic:
+    """Ranges of the tensor at hand; x [..., features]."""
+
+    grid: ActGrid
+    granularity: Literal["token", "tensor", "channel"]
+    group_size: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not x.numel():
+            return x
+        values = x.float()
+        if self.granularity == "tensor":
+            rows = values.reshape(1, -1)
+        elif self.granularity == "channel":
+            rows = values.reshape(-1, x.shape[-1]).T
+        else:
+            rows = values.reshape(-1, x.shape[-1] if self.group_size == -1 else self.group_size)
+        rounded = self.grid.round_trip(rows, *self.grid.range(rows))
+        return (rounded.T if self.granularity == "channel" else rounded).reshape(x.shape).to(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Static:
+    """A range that was calibrated, [1] for the tensor or [features] for its channels."""
+
+    grid: ActGrid
+    low: Tensor
+    high: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.grid.round_trip(x.float(), self.low.to(x.device), self.high.to(x.device)).to(x.dtype)

@@ -1,0 +1,148 @@
+"""The jobs that come with qfarm: all are accepted, and those of published tables plan the cells of their source."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from qfarm.job import load_job
+from qfarm.matrix import Cell
+from qfarm.models.reference import resolve
+from qfarm.plan import EvaluationSpec, Plan, make_plan
+from qfarm.published import load, names
+from qfarm.record import MetricRow
+from qfarm.report.against import measures, same_cell
+from qfarm.report.rows import Row, Table
+from tests.report_example import cell_row
+
+ROOT = Path(__file__).parents[1]
+JOBS = sorted(path.name for path in (ROOT / "jobs").glob("*.yaml"))
+PUBLISHED = [name for name in JOBS if name.startswith("published_")]
+WITHOUT_TABLE = {"published_crossquant.yaml"}  # its source was read as an abstract only
+# Metrics of an evaluation, as its evaluator names them.
+METRICS = {
+    "csqa": ("acc", "boolq acc", "arc_easy acc"),
+    "mmlu": ("acc",),
+    "gsm8k": ("exact_match,strict-match",),
+}
+
+
+@functools.cache
+def planned(name: str) -> Plan:
+    """Offline: models by the table of known shapes."""
+    return make_plan(load_job(ROOT / "jobs" / name), None, None, allow_provisional=True)
+
+
+def comment(name: str) -> str:
+    """The comment at a job's head, as one line."""
+    lines = (ROOT / "jobs" / name).read_text().splitlines()
+    head = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    return " ".join(line.lstrip("# ").strip() for line in head)
+
+
+def sources(name: str) -> list[str]:
+    return re.findall(r"--against (\S+)", comment(name))
+
+
+def row_of(cell: Cell, spec: EvaluationSpec) -> tuple[Table, Row]:
+    """What the store will hold of a planned evaluation, as far as figures are found by it."""
+    stored = cell_row(
+        cell.cell_id,
+        cell.recipe,
+        cell.scheme,
+        model=cell.model,
+        group_size=cell.group_size,
+        symmetric=cell.symmetric,
+    )
+    stored = dataclasses.replace(stored, spec=json.dumps(dataclasses.asdict(cell)))
+    given = METRICS.get(str(spec.options.get("task")), ("perplexity",))
+    metrics = {
+        name: MetricRow(
+            **{"cell_id": cell.cell_id, "eval_id": spec.eval_id, "attempt_id": "a", "evaluation": spec.label},
+            **{"metric": name, "value": 1.0, "unit": "", "better": "lower", "n": 1, "protocol": "{}", "created": ""},
+        )
+        for name in given
+    }
+    row = Row(
+        **{"cell": stored, "variant": "", "metrics": metrics, "difference": None, "remark": "", "complete": True},
+        **{"wall_s": None, "notes": ()},
+    )
+    table = Table(
+        **{"model": cell.model, "fingerprint": cell.fingerprint, "evaluation": spec.label, "eval_id": spec.eval_id},
+        **{"protocol": spec.protocol, "rows": (row,), "remarks": ()},
+    )
+    return table, row
+
+
+@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.usefixtures("offline")
+def test_every_job_is_accepted(name: str) -> None:
+    job = load_job(ROOT / "jobs" / name)
+    if any(model.startswith("pypi:") for block in job.blocks for model in block.models):
+        return  # its model has to be downloaded to be planned
+    plan = planned(name)
+    assert plan.invalid == ()
+    assert [note for note in plan.notes if "exclude" in note] == []
+    assert len(plan.cells) > len({planned.cell.model for planned in plan.cells})  # more than baselines
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.usefixtures("offline")
+def test_models_of_published_tables_can_be_planned_without_them(name: str) -> None:
+    for model in {planned.cell.model for planned in planned(name).cells}:
+        assert resolve(model, allow_provisional=True).provisional
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.usefixtures("offline")
+def test_a_job_says_what_it_is(name: str) -> None:
+    text, plan = comment(name), planned(name)
+    assert f"{len(plan.cells)} cells, baselines included; `qfarm plan`: about " in text
+    assert "Matched:" in text and re.search("Not (matched|known|confirmed)", text)
+    assert f"qfarm submit jobs/{name}" in text and f"qfarm report {plan.job.file.store}" in text
+    assert bool(sources(name)) == (name not in WITHOUT_TABLE) and set(sources(name)) <= set(names())
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in WITHOUT_TABLE])
+@pytest.mark.usefixtures("offline")
+def test_every_cell_of_a_published_table_has_its_figure(name: str) -> None:
+    figures = [figure for source in sources(name) for figure in load(source).figures]
+    for one in planned(name).cells:
+        rows = [row_of(one.cell, spec) for spec in one.missing]
+        found = [
+            figure
+            for table, row in rows
+            for figure in figures
+            if figure.measure in measures(table, row).values() and same_cell(table, row, figure)
+        ]
+        assert found, f"{one.cell.model} {one.cell.label}"
+
+
+SIZES = {  # as counted in the checkpoints
+    "huggyllama/llama-7b": 6_738_415_616,
+    "huggyllama/llama-13b": 13_015_864_320,
+    "huggyllama/llama-30b": 32_528_943_616,
+    "huggyllama/llama-65b": 65_285_660_672,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Meta-Llama-3-70B": 70_553_706_496,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-14B": 14_770_033_664,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.usefixtures("offline")
+def test_shapes_of_known_models_give_their_published_sizes(name: str) -> None:
+    """What is counted leaves out norms and the biases of q, k and v: two parts in ten thousand."""
+    assert sum(resolve(name, allow_provisional=True).parameters) == pytest.approx(SIZES[name], rel=3e-4)
