@@ -15,13 +15,14 @@ KV cache is the scheme's `kv8`. Stored: nothing, s is folded into tensors that e
 
 The attempt's notes name each layer's M and policy, and the share of numbers that static ranges clipped.
 
-There is no official code, and the paper's text could not be read: the formula is that of sparseml's logarithmic
-equalisation, policy and thresholds are as reviews and surveys quote them. Not confirmed, and chosen here: what happens
-at M = v0 and M = v1, what a layer without a norm does inside the band, the group size and symmetry of weights, the
-width of the KV cache, number and length of calibration samples (random token ids are reported to do as well). A channel
-that never fires, or whose maximum is not finite, keeps s = 1. Post-norm models (OPT-350m) are refused: their norm feeds
-the residual too. Products are simulated in floating point, which expanding 4-bit weights to int8 equals. GPTQ can
-follow (`fptq+gptq`); the paper found that it usually harms. v0 and v1 were found on LLaMA; they depend on the model.
+Differences from the paper: there is no official code, and the paper's text could not be read. The formula is that of
+sparseml's logarithmic equalisation; policy and thresholds are as reviews and surveys quote them. Not confirmed, and
+chosen here: what happens at M = v0 and M = v1, what a layer without a norm does inside the band, the group size and
+symmetry of weights, the width of the KV cache, number and length of calibration samples (random token ids are reported
+to do as well). A channel that never fires, or whose maximum is not finite, keeps s = 1. Post-norm models (OPT-350m) are
+refused: their norm feeds the residual too. Products are simulated in floating point, which expanding 4-bit weights to
+int8 equals. GPTQ can follow (`fptq+gptq`); the paper found that it usually harms. v0 and v1 were found on LLaMA; they
+depend on the model.
 
 Published (LLaMA-7B is inferred, the order of tasks too): MMLU 35.20 at 16 bits, 32.02 W4A8, 30.03 with GPTQ.
 """

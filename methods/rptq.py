@@ -16,14 +16,14 @@ Queries and keys of a head have one clustering, on the points (q max, k max, q m
 have values and the input of o, on the points of the latter. Under grouped-query attention the query heads of a key head
 share a clustering, on their joint ranges. Inputs of q, k, v, gate and up have at least `norm_bits` bits, 8 as in the
 reference code: its W4A4 is 8 bits there, and the attempt's notes say so. Probabilities are rounded to multiples of
-1 / (2^b - 1). `w4a4q4kv4p8` is its W4A4, `w4kv4` its W4A4KV.
+1 / (2^b - 1). `w4a4kv4q4p8` is its W4A4, `w4kv4` its W4A4KV.
 
 Stored: of activations nothing but two numbers per cluster. The cache is simulated: keys and values are rounded when
 they are written.
 
 Differences from the reference code: channels are not moved. With simulated quantization a cluster's channels need not
 lie side by side, and the result is that of permuting, rounding and permuting back; no norm or weight is changed.
-Weights are the chain's (`rptq+gptq` for its GPTQ), with the scheme's groups of consecutive columns; there a weight has
+Weights are the chain's (`gptq+rptq` for its GPTQ), with the scheme's groups of consecutive columns; there a weight has
 a scale per row and cluster of its input. Ranges are plain minima and maxima over all calibration tokens, one of its
 options; its default, an average that decays over samples (0.99), and its searches for the least error are left out, and
 so are its dynamic variants. Ranges are of the original model; there each block sees the quantized ones before it.

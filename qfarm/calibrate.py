@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from qfarm.errors import NonFinite
 from qfarm.inputs import InputStatistics
+from qfarm.layers.linear import Branch, as_given, quantize_input
 from qfarm.models.architecture import absorbs_scale
 from qfarm.models.load import LoadedModel
-from qfarm.quantized import QuantizedWeight
+from qfarm.quantized import QuantizedWeight, apart
 from qfarm.quantizer import Grid, relative_error
 from qfarm.recipe import BlockSolver, WeightSolver, Wrapper, solves_blocks
 from qfarm.scheme import UNTOUCHED
@@ -247,7 +248,11 @@ def _replace(
         output_error=inputs.output_error(weight, values) if inputs else None,
         notes=quantized.notes,
     )
-    loaded.replace_weight(linear, values)
+    rest, branch = apart(quantized)
+    loaded.replace_weight(linear, rest)
+    if branch is not None:
+        left, right = (part.to(weight.dtype) for part in branch)
+        quantize_input(loaded, index, role, as_given, Branch(left=left, right=right))
     return result
 
 

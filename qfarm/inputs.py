@@ -26,6 +26,11 @@ class Statistic(enum.StrEnum):
     MAX_ABS = "max_abs"
     RANGE = "range"  # smallest and largest value of each feature
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Where `InputStatistics` has it."""
+        return ("low", "high") if self is Statistic.RANGE else (self.value,)
+
 
 @dataclasses.dataclass
 class InputStatistics:

@@ -218,9 +218,7 @@ def _resolve(file: JobFile, path: str, where: _Locator) -> Job:
     main = complete((), block((), file, None))
     extra = tuple(complete(key := ("include", i), block(key, part, main)) for i, part in enumerate(file.include))
     # The same evaluation written twice is one.
-    evaluations = tuple(
-        dict.fromkeys(itertools.chain(*each(("evaluate",), file.evaluate, evaluate.parse_evaluation)))
-    )
+    evaluations = tuple(dict.fromkeys(itertools.chain(*each(("evaluate",), file.evaluate, evaluate.parse_evaluation))))
     try:
         check_name(file.calibration.text)
     except InvalidInput as error:

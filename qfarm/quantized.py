@@ -164,10 +164,14 @@ class ColumnScaled(_OnTop):
 
 @dataclasses.dataclass(kw_only=True)
 class LowRank(_OnTop):
-    """A base plus `left @ right`, a low-rank term kept in a floating dtype."""
+    """A base plus `left @ right`, a low-rank term kept in a floating dtype.
+
+    As a branch it is computed apart from the base, on inputs as they are before a quantizer.
+    """
 
     left: Tensor  # [rows, rank], storage dtype
     right: Tensor  # [rank, columns], storage dtype
+    branch: bool = False
 
     def dequantize(self) -> Tensor:
         return self.base.dequantize() + self.left.float() @ self.right.float()
@@ -185,6 +189,17 @@ class LowRank(_OnTop):
     def row_range(self, start: int, stop: int) -> LowRank:
         base = self.base.row_range(start, stop)
         return dataclasses.replace(self, base=base, left=self.left[start:stop], notes=dict(self.notes))
+
+
+def apart(quantized: QuantizedWeight) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The weight without its branches, float32, and these as one: left [rows, rank] and right [rank, columns]."""
+    if not isinstance(quantized, LowRank):
+        return quantized.dequantize(), None
+    left, right = quantized.left.float(), quantized.right.float()
+    weight, inner = apart(quantized.base)
+    if not quantized.branch:
+        return weight + left @ right, inner
+    return weight, (left, right) if inner is None else (torch.cat([inner[0], left], 1), torch.cat([inner[1], right]))
 
 
 def packed_words(count: int, bits: int) -> int:

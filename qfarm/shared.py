@@ -82,5 +82,7 @@ def spare_bytes() -> int | None:
 
 def _only(stats: InputStatistics, wanted: frozenset[Statistic], device: torch.device) -> InputStatistics:
     """These statistics alone, so that a layer's row cannot depend on what other cells asked for."""
-    kept = {kind.value: value.to(device) for kind in wanted if (value := getattr(stats, kind.value)) is not None}
-    return dataclasses.replace(stats, **dict.fromkeys(map(str, Statistic), None) | kept)  # type: ignore[arg-type]
+    asked = [name for kind in wanted for name in kind.fields]
+    kept = {name: value.to(device) for name in asked if (value := getattr(stats, name)) is not None}
+    everything = [name for kind in Statistic for name in kind.fields]
+    return dataclasses.replace(stats, **dict.fromkeys(everything, None) | kept)  # type: ignore[arg-type]

@@ -53,6 +53,7 @@ class Session:
         self.baseline_states: dict[str, Any] = {}  # open files of baselines' hidden states, by evaluation
         self.keep_twins = False  # an evaluation compares with the model as it is before it is quantized
         self.twins: list[nn.Module] = []  # its blocks, transformed but not quantized
+        self.causal = True  # False: the cell's quantizers look across tokens, so that padding would matter
         self.evaluation = ""  # eval_id of what is being run: it fixes the order in which windows are visited
         self._key: tuple[str, str, str] | None = None  # fingerprint, tokenizer and dtype of the loaded model
         self._loaded: LoadedModel | None = None
@@ -80,6 +81,7 @@ class Session:
         Raises InvalidInput when the model is no longer what was planned.
         """
         self.cell, self.shrink, self.notes, self.baseline_states = cell, shrink, [], {}
+        self.causal = True
         self.share = frozenset(Statistic(name) for name in share)
         self.keep_twins, self.twins = False, []
         if shrink:
@@ -335,6 +337,7 @@ def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> tup
         input_bits=scheme.linear_in,
     )
     installed = install_sites(session.loaded, recipe, scheme, observed)
+    session.causal = installed.causal is not False
     for note in installed.notes:
         session.note(note)
     return layers, installed

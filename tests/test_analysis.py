@@ -17,7 +17,7 @@ from qfarm.analysis import distance, mean_decibels, moments, over_windows
 from qfarm.evaluate import analysis, build_evaluator
 from qfarm.evaluate.analysis import Comparison, compare_weights
 from qfarm.layers.install import install_sites
-from qfarm.layers.linear import transform_output
+from qfarm.layers.linear import Branch, as_given, quantize_input, transform_output
 from qfarm.layers.observe import observe
 from qfarm.layers.rtn import Symmetric
 from qfarm.layers.twin import twin_blocks
@@ -209,6 +209,19 @@ def test_the_reference_of_a_smoothed_model_is_smoothed(model: LoadedModel) -> No
     assert compared(model, original)[0, "q", "weight", "sqnr"][0] < 40  # the factors are no error
 
 
+def test_a_branch_is_part_of_the_weight_and_of_the_output(tiny: Path) -> None:
+    model = loaded(tiny)
+    twins = twin_blocks(model)
+    linear = model.linears(0)["down"]
+    left, right = (torch.randn(*size, generator=torch.manual_seed(0)) / 10 for size in ((64, 2), (2, 128)))
+    model.replace_weight(linear, linear.weight - left @ right)
+    quantize_input(model, 0, "down", as_given, Branch(left=left, right=right))
+    found = compared(model, twins)
+    for tensor in ("weight", "output"):
+        assert found[0, "down", tensor, "sqnr"][0] > 100
+    assert found[0, "down", "input", "sqnr"] == [math.inf]
+
+
 def test_twins_cost_no_memory_and_nothing_reaches_them(tiny: Path) -> None:
     model = loaded(tiny)
     twins = twin_blocks(model)
@@ -287,11 +300,11 @@ def test_shown_by_role_and_whole(tiny: Path, tmp_path: Path) -> None:
     whole = json.loads(show_json(farm.store, cell_id[:6]))
     assert len(whole["analysis"]) == len(found) and len(whole["layers"]) == 14
     (base_id,) = (row["cell_id"] for row in farm.table("cells") if row["recipe"] == "baseline")
-    assert " inf " in show(farm.store, base_id, width=120) and "worst outputs" not in show(
-        farm.store, base_id, width=120
-    )
+    exact = show(farm.store, base_id, width=120)
+    assert " inf " in exact and "worst outputs" not in exact
     assert {row["value"] for row in json.loads(show_json(farm.store, base_id))["metrics"]} == {None}
-    assert "sqnr_output" in render(load(farm.store), width=200)
+    report = render(load(farm.store), width=200)
+    assert "sqnr_output" in report and "3 windows; " in report
 
 
 def test_label_and_options() -> None:

@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 
 from qfarm.calibrate import LayerResult, quantize_weights
-from qfarm.inputs import Statistic
+from qfarm.inputs import InputStatistics, Statistic
+from qfarm.layers.install import install_sites
+from qfarm.layers.linear import QuantLinear
+from qfarm.layers.rtn import Symmetric
 from qfarm.methods.gptq import GPTQ
 from qfarm.methods.rtn import RTN
 from qfarm.models.load import LoadedModel
+from qfarm.quantized import LowRank, QuantizedWeight
 from qfarm.quantizer import Grid
-from qfarm.recipe import WeightSolver
+from qfarm.recipe import Recipe, WeightSolver, Wrapper
+from qfarm.scheme import parse_scheme
 from qfarm.walk import Walk
 from tests.conftest import TINY
 from tests.test_models import loaded
@@ -207,3 +212,53 @@ def test_a_pass_without_outputs_ends_at_its_last_input(tiny: Path) -> None:
         a, b = first[group].hessian, again[group].hessian
         assert a is not None and b is not None and torch.equal(a, b)
         assert first[group].tokens == WINDOWS.numel()
+
+
+# -- branches ---------------------------------------------------------------------------------------------------------
+
+
+class Term(Wrapper):
+    """The best rank-4 approximation of what is left, as a branch or merged."""
+
+    def __init__(self, branch: bool) -> None:
+        self.branch = branch
+
+    def wrap(self, weight: Tensor, quantized: QuantizedWeight, inputs: InputStatistics | None) -> QuantizedWeight:
+        u, s, v = torch.linalg.svd(weight - quantized.dequantize(), full_matrices=False)
+        return LowRank(base=quantized, left=u[:, :4] * s[:4], right=v[:4], branch=self.branch, solver="term")
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_branch_sees_inputs_before_their_quantizer(tiny_models: dict[str, Path], family: str) -> None:
+    model = loaded(tiny_models[family])
+    before, x = weights(model), torch.randn(3, 5, 64, generator=torch.manual_seed(1))
+    results = quantize(model, RTN(), bits=3, wrappers=[Term(branch=True)], windows=None)
+    bare = quantize(loaded(tiny_models[family]), RTN(), bits=3, windows=None)
+    # Errors and sizes are those of the whole: what is stored is the same as with a merged term.
+    merged_model = loaded(tiny_models[family])
+    merged = quantize(merged_model, RTN(), bits=3, wrappers=[Term(branch=False)], windows=None)
+    assert results == merged and results[0].weight_error < 0.95 * bare[0].weight_error  # type: ignore[operator]
+    linear, together = model.linears(0)["q"], merged_model.linears(0)["q"]
+    assert isinstance(linear, QuantLinear) and linear.branch is not None
+    assert type(together) is torch.nn.Linear
+    torch.testing.assert_close(linear(x), together(x))
+    install_sites(model, Recipe(), parse_scheme("w3a4"), {})
+    linear = model.linears(0)["q"]
+    assert isinstance(linear, QuantLinear) and linear.branch is not None
+    rest = together.weight - linear.branch.left @ linear.branch.right
+    torch.testing.assert_close(linear.weight, rest)
+    expected = torch.nn.functional.linear(Symmetric(bits=4)(x), rest, linear.bias) + linear.branch(x)
+    torch.testing.assert_close(linear(x), expected)
+    model.restore()
+    assert type(model.linears(0)["q"]) is torch.nn.Linear
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_later_blocks_see_the_branch(tiny: Path) -> None:
+    """Sequential statistics of the second block are the same whether the term is merged or apart."""
+    found = []
+    for branch in (True, False):
+        model = loaded(tiny)
+        found.append(quantize(model, GPTQ(), bits=3, wrappers=[Term(branch=branch)]))
+    for one, other in zip(*found, strict=True):
+        assert one.output_error == pytest.approx(other.output_error, rel=1e-3)

@@ -85,6 +85,15 @@ def test_worse_and_within_the_margin_are_no_contradiction(planted):
     assert "worse, within 4 %" in said(compare(planted.store, "2", "1", read_option("perplexity=4%")))
 
 
+def test_a_cell_that_is_better_beyond_the_margin_is_not_worse(planted):
+    """Non-inferior, one-sided; not equivalent, which has two sides."""
+    planted.cell("7", "finer", -0.05 + planted.noise(0.01))
+    found = compare(planted.store, "7", BASELINE, margins=read_option("perplexity=1%"))
+    result = only_result(found)
+    assert result.non_inferior_p == result.difference.non_inferior_p(np.log1p(0.01)) < 0.001
+    assert result.within_margin is False and "not worse by more: p < 0.001, one-sided" in " ".join(said(found).split())
+
+
 def test_a_margin_of_the_jobs_is_found(planted):
     planted.store.rows["attempts"][1] = attempt_row("1" * 16, provenance='{"margin": {"perplexity": "1 %"}}')
     assert only_result(compare(planted.store, "1", "3")).margin.text == "1 %"
@@ -137,6 +146,17 @@ def test_a_document_in_two_windows_is_one(planted):
         store.rows["attempts"].append(attempt_row(cell.cell_id))
     first = only_result(compare(store, "1", "2")).documents[0]
     assert (first.document, first.pieces, first.tokens, first.change) == ("article 11", 2, 20, 45.0)
+    assert first.windows == "22-23"
+
+
+def test_windows_of_a_document_are_written_as_ranges():
+    store = FakeStore()
+    pieces = [(f"piece {i}", i, "one" if i in (0, 3, 4, 5, 9) else f"article {i}") for i in range(10)]
+    for cell, loss in ((cell_row("1" * 16, "a", "w4"), np.ones(10)), (cell_row("2" * 16, "b", "w4"), np.zeros(10))):
+        store.rows["cells"].append(cell)
+        store.add(cell, loss, np.full(10, 10), pieces=pieces)
+        store.rows["attempts"].append(attempt_row(cell.cell_id))
+    assert only_result(compare(store, "1", "2")).documents[0].windows == "0, 3-5, 9"
 
 
 # -- accuracy ---------------------------------------------------------------------------------------------------------
@@ -168,6 +188,58 @@ def test_tasks_are_listed():
     result = only_result(compare(items_store(["x"] * 100 + ["y"] * 300), "1", "2"))
     assert [(one.task, one.n, one.lost, one.gained) for one in result.tasks] == [("x", 100, 30, 0), ("y", 300, 0, 12)]
     assert result.difference.delta == pytest.approx((-0.3 + 0.04) / 2)
+
+
+def test_changed_answers_are_counted_and_listed_flips_first():
+    """Right to wrong, wrong to another wrong with most of the probability, the same answer with other odds."""
+    store = items_store()
+    answers = {
+        ("1", "item 0"): ("1", 0, [-3.0, -1.0, -2.0]),
+        ("2", "item 0"): ("0", 1, [-1.0, -3.0, -2.0]),
+        ("1", "item 1"): ("2", 0, [-9.0, -9.0, 0.0]),
+        ("2", "item 1"): ("1", 0, [-9.0, 0.0, -9.0]),
+        ("1", "item 2"): ("0", 0, [-1.0, -3.0, -5.0]),
+        ("2", "item 2"): ("0", 0, [-1.0, -2.0, -5.0]),
+    }
+    for index, row in enumerate(store.rows["documents"]):
+        if given := answers.get((row.cell_id[0], row.document)):
+            changed = dict(zip(("answer", "correct", "choices"), given, strict=True))
+            store.rows["documents"][index] = dataclasses.replace(row, **changed)
+    found = compare(store, "1", "2")
+    changes = only_result(found).answers
+    assert (changes.items, changes.changed) == (3, 2)
+    assert [(one.document, one.answers, one.right) for one in changes.largest] == [
+        ("item 0", ("1", "0"), (0, 1)),
+        ("item 1", ("2", "1"), (0, 0)),
+    ]
+    weights = np.exp([-3.0, -1.0, -2.0])
+    assert changes.largest[0].moved == pytest.approx((weights[1] - weights[0]) / weights.sum())
+    text = said(found, 100)
+    assert "2 of 3, from wrong to another wrong included" in text and "1 wrong 0 right" in text
+    assert json.loads(comparison_json(found))["evaluations"][0]["answers"]["changed"] == 2
+
+
+def test_equal_right_and_wrong_is_called_no_flips_and_not_identical():
+    store = items_store()
+    store.rows["documents"] = [dataclasses.replace(row, correct=1) for row in store.rows["documents"]]
+    text = said(compare(store, "1", "2"), 100)
+    assert "no flips: right and wrong on the same items, 400 in all" in text and "identical" not in text
+
+
+def test_tasks_that_are_not_right_or_wrong_are_left_out():
+    store = items_store(["x"] * 100 + ["y"] * 300)
+    whole = only_result(compare(store, "1", "2")).difference
+    store.rows["documents"] = [
+        dataclasses.replace(row, correct=None) if row.task == "y" else row for row in store.rows["documents"]
+    ]
+    result = only_result(compare(store, "1", "2"))
+    assert whole.n == 400 and result.difference.n == 100 and result.difference.lost == 30
+
+
+def test_one_missing_answer_is_refused():
+    store = items_store()
+    store.rows["documents"][7] = dataclasses.replace(store.rows["documents"][7], correct=None)
+    assert "the answer of 1 of 400 items is missing" in only_result(compare(store, "1", "2")).remark
 
 
 # -- what forbids a comparison ----------------------------------------------------------------------------------------

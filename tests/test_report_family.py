@@ -88,6 +88,49 @@ def test_the_margin_of_the_command_line_finds_equivalence(planted):
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_cells_that_are_not_worse_by_the_margin_are_named(planted):
+    planted.cell("3", "finer", -0.05 + planted.noise(0.01))
+    margins = read_option("perplexity=1%")
+    table = only_table(planted.store, margins)
+    rows = rows_by_recipe(table)
+    raw = [rows[name].difference.non_inferior_p(np.log1p(0.01)) for name in ("chance", "real", "finer")]
+    adjusted = [rows[name].non_inferior_p for name in ("chance", "real", "finer")]
+    assert adjusted == pytest.approx(list(stats.holm(raw)))
+    assert [rows[name].non_inferior for name in ("chance", "real", "finer")] == [True, False, True]
+    assert rows["finer"].mark == "**"  # not within: better by more than the margin
+    text = " ".join(render(load(planted.store, margins), width=80).split())
+    assert "not worse by 1 % or more (one-sided, Holm over 3 cells): chance w4 g64, finer w4 g64" in text
+
+
+@pytest.mark.parametrize(("windows", "said"), [(30, True), (60, False)])
+def test_strong_skew_of_few_clusters_is_said(windows, said):
+    store = Planted(windows=windows)
+    spike = store.noise(0.001)
+    spike[3] += 1.0
+    store.cell("1", "odd", spike)
+    difference = rows_by_recipe(only_table(store.store))["odd"].difference
+    assert difference.skewed is said and scipy_stats.skew(difference.influence) > 2
+    text = " ".join(render(load(store.store), width=80).split())
+    assert ("intervals of 1 row may be too narrow: few clusters, strongly skewed" in text) is said
+
+
+def test_the_floor_of_kl_stands_in_the_caption_and_names_who_is_below(planted):
+    metrics = planted.store.rows["metrics"]
+    for cell, figures in ((BASELINE, {"kl_floor": 0.001, "flips_floor": 0.02}), ("1" * 16, {"kl": 0.0019})):
+        like = next(row for row in metrics if row.cell_id == cell)
+        units = {"kl_floor": "nats per token", "kl": "nats per token"}
+        for name, value in figures.items():
+            unit = units.get(name, "fraction of tokens")
+            metrics.append(dataclasses.replace(like, metric=name, value=value, unit=unit, n=3))
+    metrics.append(dataclasses.replace(metrics[-1], cell_id="2" * 16, value=0.0021))
+    text = " ".join(render(load(planted.store), width=80).split())
+    assert (
+        "numeric floor: KL 0.00100, flips 2.00 % (the baseline against itself, 3 windows read in another shape of the "
+        "forward pass); below twice that, and not to be ranked by KL: real w4 g64 " in text
+    )
+    assert "kl_floor" not in render(load(planted.store), width=300)
+
+
 def test_margins_are_found_in_the_provenance_and_the_narrowest_counts(planted):
     def with_margins(*margins):
         planted.store.rows["attempts"] = [
@@ -405,6 +448,7 @@ def test_the_best_in_accuracy_is_the_most_accurate():
     store.add_items(better, np.array(base))
     rows = rows_by_recipe(only_table(store))
     assert rows["gptq"].difference.identical and rows["gptq"].verdict == "identical"
+    assert "no flips" in render(load(store), width=80)
     assert (rows["gptq"].best, rows["rtn"].best) == (True, False)
 
 
@@ -420,6 +464,16 @@ def test_the_headline_leads_and_single_tasks_follow_where_there_is_room():
     assert "acc points" in " ".join(narrow.splitlines()[1].split()) and "a acc" not in narrow
     assert "a acc a acc_norm scored_tokens" in " ".join(wide.splitlines()[1].split())
     assert "1,000 items" in narrow  # not the tokens of some other metric
+
+
+def test_the_filter_that_decides_right_and_wrong_is_the_headline():
+    store = accuracy_store()
+    store.rows["metrics"] = [
+        dataclasses.replace(row, metric=f"exact_match,{name}", value=value)
+        for row in store.rows["metrics"]
+        for name, value in (("strict-match", row.value), ("flexible-extract", 0.99))
+    ]
+    assert "exact_match,strict-match" in render(load(store), width=80).splitlines()[1]
 
 
 @pytest.mark.parametrize("metric", ["exact_match,strict-match", "a acc"])

@@ -201,3 +201,13 @@ def test_what_does_not_share() -> None:
     assert planned(methods="[gptq, awq]", statistics="independent") == {}
     assert planned(methods="[gptq]", seeds="[0, 1]", statistics="independent") == {}
     assert len(planned(methods="[gptq, {awq: {objective: gram}}]", seeds="[0, 1]", statistics="independent")) == 4
+
+
+def test_ranges_are_two_tensors_for_who_asks_for_them(tiny: Path) -> None:
+    model = loaded(tiny)
+    kept = SharedStatistics(model, WINDOWS, BATCH_TOKENS, frozenset({Statistic.RANGE, Statistic.MAX_ABS}))
+    (found,) = kept.block(0, [("down",)], frozenset({Statistic.RANGE})).values()
+    assert found.low is not None and found.high is not None and found.max_abs is None
+    (other,) = kept.block(0, [("down",)], frozenset({Statistic.MAX_ABS})).values()
+    assert other.max_abs is not None and other.low is None and other.high is None
+    assert torch.equal(other.max_abs, torch.maximum(-found.low, found.high))

@@ -15,6 +15,7 @@ from qfarm import record
 from qfarm.errors import InvalidInput, NonFinite
 from qfarm.evaluate import build_evaluator
 from qfarm.evaluate.tasks import Tasks
+from qfarm.layers.linear import quantize_input
 from qfarm.record import DocumentRow, Metric
 from qfarm.worker import Session
 from tests.tasks_example import ANIMALS, choice_task, generation_task, likelihood_task, rolling_task, write_task
@@ -131,12 +132,35 @@ def test_every_batch_size_and_no_sharing_give_the_same(session: Session, tmp_pat
     _, usual = run(session, path)
     _, single = run(session, path, batch_tokens=1)
     session.cell = dataclasses.replace(session.cell, scheme="kv4")  # a quantized cache: sequences are read whole
-    evaluator = Tasks(task=str(path))
-    assert all(bundle.tails for bundle in Tasks._prepared(Tasks(task=str(path)), session)[0].bundles) is False
     _, whole = run(session, path)
-    assert evaluator._model(session).share is False
+    assert Tasks(task=str(path))._model(session).whole
     for a, b, c in zip(usual, single, whole, strict=True):
         assert a.choices == pytest.approx(b.choices, abs=1e-4) == c.choices
+
+
+@pytest.mark.parametrize("make", [choice_task, generation_task])
+def test_quantizers_that_look_across_tokens_see_no_padding(session: Session, tmp_path: Path, make: Any) -> None:
+    """One grid per sequence, as a cell that is not causal has it; read alone, a sequence has no padding."""
+    path = make(tmp_path)
+
+    def per_sequence(x: torch.Tensor) -> torch.Tensor:
+        step = 2 * x.abs().mean((1, 2), keepdim=True)
+        return torch.round(x / step) * step if x.shape[1] > 1 else x
+
+    for block in range(len(session.loaded.blocks)):
+        for role in ("q", "k", "v"):
+            quantize_input(session.loaded, block, role, per_sequence)
+    session.causal = False
+    _, together = run(session, path)
+    _, alone = run(session, path, batch_tokens=1)
+    for a, b in zip(together, alone, strict=True):
+        assert a.answer == b.answer and (a.choices is None or a.choices == pytest.approx(b.choices, abs=1e-4))
+    session.causal = True  # the planted fault: padded, it is another result
+    _, padded = run(session, path)
+    assert any(
+        a.answer != b.answer or a.choices != pytest.approx(b.choices, abs=1e-2)
+        for a, b in zip(padded, alone, strict=True)
+    )
 
 
 def test_items_are_tokenized_once_for_all_cells(session: Session, tmp_path: Path, monkeypatch: Any) -> None:

@@ -77,6 +77,13 @@ def test_batches_keep_order_kind_and_budget(budget: int) -> None:
             assert len({len(bundle.prefix) for bundle in batch}) == 1  # prefixes are never padded
 
 
+def test_without_padding_a_batch_has_one_length() -> None:
+    found = bundles(random_requests(3), share=False)
+    batches = list(batched(found, 10_000, pad=False))
+    assert list(itertools.chain(*batches)) == found and max(map(len, batches)) > 1
+    assert all(len({bundle.length for bundle in batch}) == 1 for batch in batches)
+
+
 def test_common_prefix_by_brute_force() -> None:
     draw = random.Random(0)
     for _ in range(300):
@@ -105,8 +112,8 @@ def test_sharing_and_padding_equal_a_plain_loop(family: str, tiny_models: dict[s
             logits = loaded.model(torch.tensor([request.inputs])).logits[0, request.first :].float()
         chosen = logits.log_softmax(-1)[range(len(request.targets)), list(request.targets)]
         plain.append((float(chosen.sum()), logits.argmax(-1).tolist() == list(request.targets)))
-    for share, budget in ((True, 4096), (True, 64), (False, 4096), (False, 1)):
-        model = SessionLM(loaded, budget, share=share)
+    for share, whole, budget in ((True, False, 4096), (True, False, 64), (False, False, 4096), (False, True, 4096)):
+        model = SessionLM(loaded, budget, whole=whole)
         model.logit_rows = 7  # several chunks
         found = model.score(requests, bundles(requests, share))
         assert [value for value, _ in found] == pytest.approx([value for value, _ in plain], abs=2e-4)
@@ -235,6 +242,8 @@ def test_clustered_items_get_a_clustered_interval() -> None:
     (metric,) = metrics([scored("t", values, clusters)], [])
     expected = stats.clustered_mean(values, [1] * 40, clusters)
     assert (metric.low, metric.high) == expected.interval()[1:] and metric.clusters == 20
+    (few,) = metrics([scored("t", values[:9])], [])
+    assert few.low is None and few.standard_error is None
     (independent,) = metrics([scored("t", values)], [])
     assert (independent.low, independent.high) == stats.wilson(20, 40)[1:]
     assert metric.standard_error / independent.standard_error == pytest.approx(math.sqrt(2), rel=0.03)

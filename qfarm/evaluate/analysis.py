@@ -161,7 +161,9 @@ def compare_weights(loaded: LoadedModel, twins: list[nn.Module], found: Found) -
     """Add what tells the weights of the model from those of its twins."""
     for index, twin in enumerate(twins):
         for role, linear in loaded.linears(index).items():
-            _add(found, index, role, "weight", _linear(loaded, twin, role).weight, linear.weight)
+            branch = getattr(linear, "branch", None)
+            weight = linear.weight if branch is None else linear.weight + branch.left @ branch.right
+            _add(found, index, role, "weight", _linear(loaded, twin, role).weight, weight)
 
 
 def _add(found: Found, layer: int, role: str, tensor: str, before: Tensor, after: Tensor) -> None:

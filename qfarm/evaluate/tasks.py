@@ -50,6 +50,8 @@ USUAL = {True: (250, 130, 90), False: (250, 700, 150)}  # by: does not generate
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Tasks(Evaluator):
+    version = 2  # 2: nothing is padded for quantizers that look across tokens
+
     task: str = Field(description="a name of lm-eval, csqa, or a task's YAML file; jobs write names: [...]")
     few_shot: int | None = Field(None, ge=0, description="examples in the prompt; default: the task's own number")
     limit: int | None = Field(None, ge=1, description="the first so many items of each task; default: all")
@@ -138,9 +140,9 @@ class Tasks(Evaluator):
     def _model(self, session: Session) -> SessionLM:
         from qfarm.tasks.model import SessionLM
 
-        # A quantized cache changes what a continuation sees of its context: then every sequence is read whole.
-        share = "kv_cache" not in parse_scheme(session.cell.scheme).sites
-        return SessionLM(session.loaded, self.batch_tokens, session.shrink, share)
+        # A quantized cache changes what a continuation sees of its context; padding would enter its groups of tokens.
+        whole = not session.causal or "kv_cache" in parse_scheme(session.cell.scheme).sites
+        return SessionLM(session.loaded, self.batch_tokens, session.shrink, whole)
 
     def _prepared(self, session: Session) -> list[Prepared]:
         """The task's items as tokens, made once per model."""
@@ -150,16 +152,18 @@ class Tasks(Evaluator):
         if self.chat_template and not session.loaded.tokenizer.chat_template:
             raise InvalidInput(f"{self.label}: {session.cell.model} has no chat template; leave chat_template out")
         options = Options(few_shot=self.few_shot, limit=self.limit, seed=self.seed, chat_template=self.chat_template)
-        key = ("tasks", self.task, *dataclasses.astuple(options), model.share)
+        key = ("tasks", self.task, *dataclasses.astuple(options))
         found: list[Prepared] = session.keep(key, lambda: prepare(self.entry, options, session.data, model))
         return found
 
     def _ask(self, task: Prepared, model: SessionLM, progress: Callable[[int, int], None]) -> list[Any]:
         """One answer per request of lm-eval."""
+        from qfarm.tasks.batches import bundles
+
         if task.kind == "generate_until":
             return list(model.generate(task.prompts, progress))
         try:
-            pieces = model.score(task.requests, task.bundles, progress)
+            pieces = model.score(task.requests, bundles(task.requests, not model.whole), progress)
         except NonFinite as error:
             raise NonFinite(f"{self.label}: {task.leaf.name}: {error}") from None
         if task.kind != "loglikelihood_rolling":

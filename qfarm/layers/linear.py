@@ -60,6 +60,11 @@ class QuantLinear(nn.Linear):
         return y if self.branch is None else y + self.branch(x)
 
 
+def as_given(x: Tensor) -> Tensor:
+    """The quantizer of an input that is not quantized, where a layer has a branch."""
+    return x
+
+
 def quantize_input(
     loaded: LoadedModel, block: int, role: str, quantize: Quantizer, branch: Branch | None = None
 ) -> None:

@@ -15,11 +15,11 @@ ERROR_SHOWN = 300  # characters of an error's one line
 NAMES_SHOWN = 8  # of rows listed in a sentence
 POOLS_SHOWN = 3  # of recipes and schemes with several seeds
 LEGEND = (
-    "stored: bits per weight of the quantized layers, scales and zeros included. change: of perplexity per token "
-    "against the baseline; points: of accuracy. KL: nats per token, baseline against cell (KL back: the reverse). "
-    "agree: positions whose most probable token is the baseline's; right: is the true one; lost, gained: right only "
-    "before, only now; flips: both. time: the attempt that measured the row. `qfarm show CELL` tells all about a cell, "
-    "`qfarm compare CELL CELL` about two."
+    "stored: bits per weight of the quantized layers, scales and zeros included; KV bits: per cached number. change: "
+    "of perplexity per token against the baseline; points: of accuracy. KL: nats per token, baseline against cell (KL "
+    "back: the reverse). agree: positions whose most probable token is the baseline's; right: is the true one; lost, "
+    "gained: right only before, only now; flips: both. causal: no where a quantizer looks across tokens. time: the "
+    "attempt that measured the row. `qfarm show CELL` tells all about a cell, `qfarm compare CELL CELL` about two."
 )
 
 
@@ -53,8 +53,7 @@ def caption(table: Table) -> Iterator[str]:
 def _measured(table: Table) -> str:
     """'141 windows, 62 clusters; perplexity, text wikitext2, length 2048; bfloat16, fake quantization; ...'"""
     metrics = [metric for row in table.rows for metric in row.metrics.values()]
-    unit = "window" if table.protocol.get("evaluator") == "perplexity" else "item"
-    counts = [plural(max(units_used(row.metrics) for row in table.rows), unit)]
+    counts = [plural(max(units_used(row.metrics) for row in table.rows), _unit(table))]
     clusters = [metric.clusters for metric in metrics if metric.clusters is not None]
     if clusters:
         counts.append(plural(max(clusters), "cluster"))
@@ -65,6 +64,15 @@ def _measured(table: Table) -> str:
     run = table.protocol.get("run")
     words += [f"{run} quantization"] if run else []
     return plain(f"{', '.join(counts)}; {', '.join([*words, f'protocol {table.eval_id[:ID_SHOWN]}'])}")
+
+
+def _unit(table: Table) -> str:
+    """What a metric's n counts."""
+    options = table.protocol.get("options")
+    by_word = isinstance(options, dict) and options.get("convention") == "word"
+    units = {"perplexity": "document" if by_word else "window", "generation": "prompt"}
+    units |= dict.fromkeys(("analysis", "kernel"), "window")
+    return units.get(str(table.protocol.get("evaluator")), "item")
 
 
 def _divergence_floor(table: Table) -> Iterator[str]:

@@ -34,7 +34,7 @@ def grid(headings: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequen
     grid = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for index, heading in enumerate(headings):
         right = index in numeric
-        grid.add_column(heading, justify="right" if right else "left", no_wrap=right, overflow="fold")
+        grid.add_column(heading, justify="right" if right else "left", no_wrap=right or index == 0, overflow="fold")
     for row in rows:
         grid.add_row(*(Text(plain(value)) for value in row))
     return grid

@@ -143,7 +143,7 @@ def _metrics(metrics: Sequence[MetricRow]) -> list[RenderableType]:
                 metric.metric,
                 number(metric.value, metric.unit),
                 interval(metric.low, metric.high, metric.unit),
-                metric.unit,
+                metric.unit.removeprefix("fraction "),  # the value says %
                 f"{metric.n:,}",
                 "" if metric.clusters is None else f"{metric.clusters:,}",
             )

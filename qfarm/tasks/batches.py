@@ -3,7 +3,8 @@
 The requests of one item mostly begin alike: the context, then one choice each. Where that saves enough, an item's
 common prefix is read once and its tails continue from the prefix's KV cache; otherwise every sequence is read whole.
 Prefixes of a batch have one length, so that they need no padding; whole sequences and tails are padded on the right,
-where causality keeps the padding from everything that is scored.
+where causality keeps the padding from everything that is scored. Quantizers that look across tokens would see it: for
+cells that have some, sequences of one length are read together and nothing is padded.
 """
 
 from __future__ import annotations
@@ -91,11 +92,15 @@ def _common_prefix(sequences: Sequence[Tokens]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-def batched(found: Sequence[Bundle], budget: int) -> Iterator[list[Bundle]]:
-    """Consecutive bundles of one kind whose padded sequences hold at most `budget` tokens; at least one."""
+def batched(found: Sequence[Bundle], budget: int, pad: bool = True) -> Iterator[list[Bundle]]:
+    """Consecutive bundles of one kind whose padded sequences hold at most `budget` tokens; at least one.
+
+    Without `pad` only sequences of one length go together.
+    """
     batch: list[Bundle] = []
     for bundle in found:
-        if batch and not (_fit(batch, bundle) and _tokens([*batch, bundle]) <= budget):
+        room = bool(batch) and _fit(batch, bundle) and _tokens([*batch, bundle]) <= budget
+        if batch and not (room and (pad or batch[0].length == bundle.length)):
             yield batch
             batch = []
         batch.append(bundle)

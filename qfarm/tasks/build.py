@@ -20,7 +20,7 @@ from lm_eval.tasks._index import Entry as IndexEntry
 from lm_eval.tasks._index import Kind
 
 from qfarm.errors import DataError, InvalidInput, QfarmError
-from qfarm.tasks.batches import Bundle, Request, bundles, make_request
+from qfarm.tasks.batches import Request, make_request
 from qfarm.tasks.generate import Prompt
 from qfarm.tasks.model import SessionLM
 from qfarm.tasks.registry import Entry, Leaf
@@ -50,7 +50,6 @@ class Prepared:
     kind: str  # lm-eval's output type
     requests: tuple[Request, ...] = ()  # of log-likelihoods
     owners: tuple[int, ...] = ()  # by request: its place among the instances of all items
-    bundles: tuple[Bundle, ...] = ()
     prompts: tuple[Prompt, ...] = ()  # of generation
 
 
@@ -94,8 +93,7 @@ def _prepare(leaf: Leaf, options: Options, source: Source, model: SessionLM) -> 
         for pair in model.windows(*instance.args) if rolling else [model.encode(*instance.args)]:
             requests.append(make_request(number, *pair, model.max_length))
             owners.append(place)
-    found = bundles(requests, model.share)
-    return dataclasses.replace(prepared, requests=tuple(requests), owners=tuple(owners), bundles=tuple(found))
+    return dataclasses.replace(prepared, requests=tuple(requests), owners=tuple(owners))
 
 
 def build_task(leaf: Leaf, options: Options, source: Source) -> Any:

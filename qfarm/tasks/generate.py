@@ -39,11 +39,17 @@ class Rules:
 
 
 def generate(
-    loaded: LoadedModel, prompts: Sequence[Prompt], max_length: int, budget: int, progress: Progress
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    max_length: int,
+    budget: int,
+    progress: Progress,
+    pad: bool = True,
 ) -> list[Generated]:
     """One continuation per prompt; `budget` tokens of prompts and answers at a time, at least one prompt.
 
-    Raises InvalidInput for options that ask for anything but greedy decoding.
+    Without `pad` only prompts of one length are continued together. Raises InvalidInput for options that ask for
+    anything but greedy decoding.
     """
     made: dict[int, Generated] = {}
     groups: dict[str, list[int]] = {}
@@ -55,6 +61,8 @@ def generate(
         order = sorted(members, key=lambda index: -len(cut[index]))
         while order:
             rows = max(1, budget // (len(cut[order[0]]) + rules.most))
+            if not pad:
+                rows = min(rows, sum(len(cut[index]) == len(cut[order[0]]) for index in order))
             batch, order = order[:rows], order[rows:]
             made |= zip(batch, _generate_batch(loaded, [cut[index] for index in batch], rules), strict=True)
             progress(len(made), len(prompts))

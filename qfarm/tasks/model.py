@@ -30,11 +30,16 @@ LOGIT_BUDGET = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
 class SessionLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
-    """lm-eval's interface to a loaded model. `share`: read common prefixes once, through a KV cache."""
+    """lm-eval's interface to a loaded model.
 
-    def __init__(self, loaded: LoadedModel, batch_tokens: int, shrink: int = 0, share: bool = True) -> None:
+    `whole`: every sequence is read whole, and only together with others of its length, as quantizers need it that look
+    across tokens and caches that hand back less than was written. Otherwise common prefixes are read once, through a
+    KV cache, and shorter sequences are padded.
+    """
+
+    def __init__(self, loaded: LoadedModel, batch_tokens: int, shrink: int = 0, whole: bool = False) -> None:
         super().__init__()
-        self.loaded, self.tokenizer, self.share = loaded, loaded.tokenizer, share
+        self.loaded, self.tokenizer, self.whole = loaded, loaded.tokenizer, whole
         self.batch_tokens = max(1, batch_tokens >> shrink)
         vocabulary = loaded.head.weight.shape[0]
         self.logit_rows = max(16, (LOGIT_BUDGET[loaded.device.type] >> shrink) // vocabulary)
@@ -98,13 +103,13 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             make_request(items.setdefault(tuple(context), len(items)), context, continuation, self.max_length)
             for _, context, continuation in requests
         ]
-        return self.score(made, bundles(made, self.share))
+        return self.score(made, bundles(made, not self.whole))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         windows = [(index, window) for index, r in enumerate(requests) for window in self.windows(*r.args)]
         made = [make_request(index, *window, self.max_length) for index, window in windows]
         totals = [0.0] * len(requests)
-        for request, (value, _) in zip(made, self.score(made, bundles(made, self.share)), strict=True):
+        for request, (value, _) in zip(made, self.score(made, bundles(made, not self.whole)), strict=True):
             totals[request.item] += value
         return totals
 
@@ -133,7 +138,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         greedy = np.ones(len(requests), dtype=bool)
         left = np.bincount([request.item for request in requests])  # requests of each item still to be scored
         items, done = int((left > 0).sum()), 0
-        for batch in batched(found, self.batch_tokens):
+        for batch in batched(found, self.batch_tokens, pad=not self.whole):
             for owners, states, targets in self._states(requests, batch):
                 for index, value, hit in self._score_positions(owners, states, targets):
                     np.add.at(total, index, value)
@@ -193,7 +198,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def generate(self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None) -> list[Generated]:
         """Greedy continuations of token ids under lm-eval's generation options. Raises InvalidInput."""
         rows = GENERATION_FACTOR * self.batch_tokens
-        return generate(self.loaded, prompts, self.max_length, rows, progress)
+        return generate(self.loaded, prompts, self.max_length, rows, progress, pad=not self.whole)
 
 
 Position = tuple[int, int, int, int]  # request, row, column, target
