@@ -1,7 +1,7 @@
 """Act: uniform rounding of linear inputs with a choice of granularity, of when ranges are known, and of clipping.
 
-    range      low, high of a token, of a block of it, of the whole tensor, or of a channel; dynamic: of the tensor at
-               hand, static: of calibration text
+    range      low, high of a token, of a block of it, of the whole tensor, or of a channel; dynamic: of each sequence
+               at hand, static: of calibration text
     symmetric  s = max(-low, high) / (2^(b-1) - 1)     x_hat = s clamp(round(x / s), +-(2^(b-1) - 1))
     asymmetric low = min(low, 0), high = max(high, 0)  s = (high - low) / (2^b - 1)   z = round(-low / s)
                x_hat = s (clamp(round(x / s) + z, 0, 2^b - 1) - z)
@@ -11,19 +11,20 @@ symmetric grids, of x and -x for asymmetric ones); `mse` shrinks the range to 1,
 makes sum |x_hat - x|^2.4 smallest, the search of GPTQ's reference code. Defaults (token, dynamic, none, symmetric) are
 what a scheme gets from no method at all.
 
-Dynamic tensor and channel ranges look at all tokens of a call, hence at later ones: cells are marked, and results move
-with batches and padding. Static ranges do not; a token has none, so static means tensor or channel. Channels have no
-integer product with the weights, since their scales differ inside a sum: a measurement, not a deployment. Static ranges
-without clipping are the extremes of the calibration text; with clipping they come from its sample of ordinary tokens
-(up to 512, norms up to 4 times the median), so that massive tokens do not decide what is clipped. What lies beyond a
-static range is clipped; a channel that was always zero stays zero.
+Dynamic tensor and channel ranges look at all tokens of a sequence, hence at later ones: cells are marked, and results
+move with padding, but not with the other sequences of a batch. Static ranges do not; a token has none, so static means
+tensor or channel. Channels have no integer product with the weights, since their scales differ inside a sum: a
+measurement, not a deployment. Static ranges without clipping are the extremes of the calibration text; with clipping
+they come from its sample of ordinary tokens (up to 512, norms up to 4 times the median), so that massive tokens do not
+decide what is clipped. What lies beyond a static range is clipped; a channel that was always zero stays zero.
 
 Stored: nothing for dynamic ranges; static: one scale (and zero point) per layer or per channel. Arithmetic is float32,
 rounding half to even, tokens of zeros stay zeros, NaN stays NaN.
 
 Differences from qllm-infer, whose quantizer this follows: the symmetric range is restricted, so that both ends are
-exact; its default, dynamic ranges per channel, has to be asked for; the search is reachable (there it is switched off
-in every call). Static ranges and percentiles are not in it; how they are taken is ours.
+exact; its default, dynamic ranges per channel, has to be asked for; its ranges are of a whole batch, which is one
+sequence in its evaluations; the search is reachable (there it is switched off in every call). Static ranges and
+percentiles are not in it; how they are taken is ours.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ USUAL_PERCENTILE = 99.9
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Act(ActivationMethod):
+    version = 2  # 2: dynamic ranges of a tensor or a channel are those of a sequence, not of a batch
     source = "github.com/aiha-lab/qllm-infer (its Quantizer, after github.com/IST-DASLab/gptq)"
 
     granularity: Literal["token", "tensor", "channel"] = Field("token", description="what shares a scale")
@@ -131,11 +133,11 @@ class ActGrid:
         if self.symmetric:
             top = 2.0 ** (self.bits - 1) - 1
             scale = (torch.maximum(-low, high) / top).clamp(min=TINY)
-            return torch.round(values / scale).clamp(-top, top) * scale
+            return (values / scale).round_().clamp_(-top, top).mul_(scale)
         low, high, top = low.clamp(max=0), high.clamp(min=0), 2.0**self.bits - 1
         scale = ((high - low) / top).clamp(min=TINY)
         zero = torch.round(-low / scale).clamp(0, top)
-        return ((torch.round(values / scale) + zero).clamp(0, top) - zero) * scale
+        return (values / scale).round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale)
 
     def _percentile(self, values: Tensor) -> tuple[Tensor, Tensor]:
         share = (USUAL_PERCENTILE if self.percentile is None else self.percentile) / 100
@@ -159,7 +161,7 @@ class ActGrid:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dynamic:
-    """Ranges of the tensor at hand; x [..., features]."""
+    """Ranges of the tensor at hand; x [sequences, tokens, features], or [tokens, features] of one sequence."""
 
     grid: ActGrid
     granularity: Literal["token", "tensor", "channel"]
@@ -170,13 +172,15 @@ class Dynamic:
             return x
         values = x.float()
         if self.granularity == "tensor":
-            rows = values.reshape(1, -1)
+            rows = values.reshape(len(x) if x.dim() > 2 else 1, -1)
         elif self.granularity == "channel":
-            rows = values.reshape(-1, x.shape[-1]).T
+            rows = values.transpose(-1, -2).reshape(-1, x.shape[-2])
         else:
             rows = values.reshape(-1, x.shape[-1] if self.group_size == -1 else self.group_size)
         rounded = self.grid.round_trip(rows, *self.grid.range(rows))
-        return (rounded.T if self.granularity == "channel" else rounded).reshape(x.shape).to(x.dtype)
+        if self.granularity == "channel":
+            rounded = rounded.reshape(*x.shape[:-2], x.shape[-1], x.shape[-2]).transpose(-1, -2)
+        return rounded.reshape(x.shape).to(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

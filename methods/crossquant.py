@@ -119,7 +119,7 @@ class CrossQuant(Transform, ActivationMethod):
 METHOD = CrossQuant
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Cross:
     """Round to nearest with steps of token and channel maxima; x [..., tokens, channels], channels maxima per sequence.
 
@@ -132,22 +132,21 @@ class Cross:
     skip_first: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        values = x.float()
-        step = self.step(values)
-        return (self.codes(values, step) * step).to(x.dtype)
+        step = self.step(x)
+        return self.codes(x, step).mul_(step).to(x.dtype)
 
     def step(self, values: Tensor) -> Tensor:
         """[..., tokens, channels], float32: rank one in its last two axes."""
         size = values.abs()
-        rows = _power(size.amax(dim=-1, keepdim=True), self.alpha)
+        rows = _power(size.amax(dim=-1, keepdim=True).float(), self.alpha)
         counted = size[..., 1:, :] if self.skip_first and size.shape[-2] > 1 else size
         largest = counted.amax(dim=-2, keepdim=True) if self.columns is None else self.columns.to(size.device)
-        return rows * _power(largest, 1 - self.alpha) / (2.0 ** (self.bits - 1) - 1)
+        return (rows * _power(largest.float(), 1 - self.alpha)).div_(2.0 ** (self.bits - 1) - 1)
 
     def codes(self, values: Tensor, step: Tensor) -> Tensor:
         """Signed codes as float32; 0 where the step is nothing."""
         top = 2.0 ** (self.bits - 1) - 1
-        return torch.round(values / step).masked_fill(step < TINY, 0.0).clamp(-top, top)
+        return (values / step).round_().masked_fill_(step < TINY, 0.0).clamp_(-top, top)
 
 
 def _power(values: Tensor, exponent: float) -> Tensor:

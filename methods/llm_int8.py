@@ -90,6 +90,9 @@ class LLMInt8(WeightSolver, ActivationMethod):
             return f"its layers multiply int8 codes; {recipe.wrappers[0].name} can stand on rtn or gptq"
         return None
 
+    def symmetric_weights(self, asked: bool) -> bool:
+        return True
+
     @property
     def causal(self) -> bool:
         return self.threshold == 0

@@ -152,6 +152,9 @@ class QRazor(GridProvider, ActivationMethod, CacheMethod):
     def statistics(self) -> frozenset[Statistic]:
         return frozenset()
 
+    def symmetric_weights(self, asked: bool) -> bool:
+        return True
+
     @property
     def causal(self) -> bool:
         return not self.per_tensor

@@ -97,6 +97,9 @@ class ZeroQuant(BlockSolver, ActivationMethod):
     def stackable(self) -> bool:
         return self.number_of_groups is None
 
+    def symmetric_weights(self, asked: bool) -> bool:
+        return self.symmetric
+
     def refusal(self, group_size: int, symmetric: bool) -> str | None:
         if self.number_of_groups is not None and group_size != -1:
             return f"number_of_groups and a group size of {group_size} exclude each other; use group size -1"
@@ -174,10 +177,10 @@ class TokenWise:
     bits: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        values, half = x.float(), 2.0 ** (self.bits - 1)
-        scale = values.abs().amax(dim=-1, keepdim=True) / half
+        half = 2.0 ** (self.bits - 1)
+        scale = x.abs().amax(dim=-1, keepdim=True).float() / half
         scale = torch.where(scale == 0, 1.0, scale)
-        return (torch.round(values / scale).clamp(-half, half - 1) * scale).to(x.dtype)
+        return (x / scale).round_().clamp_(-half, half - 1).mul_(scale).to(x.dtype)
 
 
 def round_groups(weight: Tensor, grid: Grid) -> UniformWeight:

@@ -353,7 +353,7 @@ def bench_group() -> None:
 @click.option("--samples", default=8, show_default=True, help="Calibration windows.")
 @click.option("--length", default=512, show_default=True, help="Tokens per window.")
 @click.option("--blocks", default=2, show_default=True, help="Decoder blocks, from the first.")
-@click.option("--bits", default=4, show_default=True)
+@click.option("--bits", default=4, show_default=True, help="Width of the weights.")
 @click.option("--group", "group_size", default=64, show_default=True, help="Columns per scale; -1: the whole row.")
 @click.option("--repeats", default=3, show_default=True, help="Runs of each method; one of those above 20 s.")
 @click.option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -44,7 +45,7 @@ class Cell:
     group_size: int  # of weights; -1 = per channel
     symmetric: bool  # of weights
     scale_dtype: str
-    statistics: str | None  # sequential | independent; None when nothing is calibrated
+    statistics: str | None  # sequential | independent; None where no weights are solved by what their inputs are
     calibration: Mapping[str, Any] | None  # text, source hash, samples, length
     seed: int | None
     # Sites that no method claims and that are therefore rounded to nearest, with the version of the rule.
@@ -162,7 +163,7 @@ def _broken_width(recipe: Recipe, scheme: Scheme) -> str | None:
         bits = getattr(scheme, site)
         if bits not in widths:
             name = claimant.name if claimant else "rtn"
-            return f"{name} quantizes {site} to {widths.start}..{widths.stop - 1} bits, not {bits}"
+            return f"{name} quantizes {site} to {_spelled(widths)} bits, not {bits}"
     return None
 
 
@@ -172,13 +173,18 @@ def _broken_weight_rule(facts: ModelFacts, recipe: Recipe, scheme: Scheme, group
     for bits in scheme.weight_widths:
         if bits not in widths:
             name = solver.name if solver else "rtn"
-            return f"{name} quantizes weights to {widths.start}..{widths.stop - 1} bits, not {bits}"
+            return f"{name} quantizes weights to {_spelled(widths)} bits, not {bits}"
     if group_size == -1 or "weight" not in scheme.sites:
         return None
     for role, (_, inputs) in (facts.linear_shapes or {}).items():
         if inputs % group_size:
             return f"group size {group_size} does not divide the {inputs} inputs of {role}"
     return None
+
+
+def _spelled(widths: range) -> str:
+    first, last = widths.start, widths.stop - 1
+    return f"{first}..{last}" if first < last else str(first)
 
 
 def _baseline_recipe() -> Recipe:
@@ -212,7 +218,7 @@ def _cell(
         methods=tuple(resolved.specs()),
         scheme=str(scheme),
         group_size=group_size,
-        symmetric=bool(job.file.symmetric) and weights,
+        symmetric=weights and _symmetric(job.file, resolved),
         scale_dtype=job.file.scale_dtype if weights else "float16",
         statistics=_statistics(job.file, resolved),
         calibration=(
@@ -224,13 +230,22 @@ def _cell(
     )
 
 
+def _symmetric(file: JobFile, recipe: Recipe) -> bool:
+    from qfarm.recipe import WeightSolver
+
+    solvers = [method for method in recipe.methods if isinstance(method, WeightSolver)]
+    # A grid provider stands behind the solver, and has the last word.
+    return functools.reduce(lambda asked, solver: solver.symmetric_weights(asked), solvers, bool(file.symmetric))
+
+
 def _statistics(file: JobFile, recipe: Recipe) -> str | None:
     from qfarm.recipe import solves_blocks
 
-    if not recipe.needs_text:
-        return None
     solver = recipe.solver
-    return "independent" if solves_blocks(solver) and solver.original_inputs else file.statistics
+    if not solves_blocks(solver):
+        # What transforms and quantizers of activations learn comes before any weight is rounded.
+        return file.statistics if recipe.input_statistics else None
+    return "independent" if solver.original_inputs else file.statistics
 
 
 def _rounded(recipe: Recipe, scheme: Scheme) -> dict[str, int]:

@@ -142,6 +142,10 @@ class WeightSolver(Method):
         """What `quantize_linear` needs to know of the layer's inputs."""
         return frozenset()
 
+    def symmetric_weights(self, asked: bool) -> bool:
+        """Whether its weights are symmetric where the job asks for that or not; some methods do not read its key."""
+        return asked
+
     @property
     def true_sequential(self) -> bool:
         """True: inside a block, layers see inputs that earlier layers of the block have already quantized."""
@@ -226,6 +230,7 @@ class ActivationMethod(Method):
     def quantizer(self, place: Place, bits: int, observed: Observed) -> Quantizer | None:
         """A function of a tensor that holds no state, or None to leave this place at 16 bits.
 
+        Where those of layers that read one input are equal (and hashable), one does the work for all.
         `place` is one of the claimed sites; who claims kv_cache is asked for k_pre_rope, k and v, the last two of
         which are quantized when they are written to the cache. `observed` is of the model after all transforms.
         """

@@ -4,25 +4,31 @@ In independent mode (`statistics: independent`) what a linear layer is fed does 
 quantized, so one pass over the calibration text serves all cells of the same model, calibration and transform. What is
 kept are the statistics, block by block in host memory, never the activations; cells get the same bits as if they had
 collected them alone, and exactly the statistics that their methods ask for.
+
+What transforms and site methods observe (`qfarm.layers.observe`) does not depend on weights that are quantized at all,
+in either mode: cells that ask for the same of the same model, such as those of a sweep over alpha, walk it once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from qfarm import environment
 from qfarm.inputs import InputStatistics, Statistic
+from qfarm.layers.sites import Observed
 from qfarm.models.load import LoadedModel
 from qfarm.walk import Walk
 
 Group = tuple[str, ...]  # roles of layers that read the same input
 SQUARE = frozenset({Statistic.HESSIAN, Statistic.NORMALISED_HESSIAN})
 SMALLEST_SHARE = 1 / 8  # of a machine's memory, for a worker that takes few of its cores (an unpublished value)
+
+OBSERVED_BYTES = 256 << 20  # of observed statistics that a worker keeps on the model's device (an unpublished value)
 
 
 class SharedStatistics:
@@ -54,6 +60,36 @@ class SharedStatistics:
         if index + 1 == len(self._loaded.blocks):
             self._walk = None
         return {group: _only(stats, self.wanted, torch.device("cpu")) for group, stats in found.items()}
+
+
+class KeptObservations:
+    """What was observed of one model, by what it depends on; where it grows too large, the longest unused goes.
+
+    Nobody may change what is handed out.
+    """
+
+    def __init__(self, limit: int = OBSERVED_BYTES) -> None:
+        self.limit = limit
+        self._kept: dict[str, Observed] = {}  # the latest used stands last
+
+    def get(self, key: str, make: Callable[[], Observed]) -> Observed:
+        """What is kept under the key, else what `make` returns; what is larger than the limit alone is not kept."""
+        found = self._kept.pop(key, None)
+        if found is None:
+            found = make()
+        if observed_bytes(found) <= self.limit:
+            self._kept[key] = found
+        while sum(map(observed_bytes, self._kept.values())) > self.limit:
+            self._kept.pop(next(iter(self._kept)))
+        return found
+
+
+def observed_bytes(observed: Observed) -> int:
+    """Memory of the tensors; layers that read the same input share theirs."""
+    names = [field.name for field in dataclasses.fields(InputStatistics)]
+    values = (getattr(stats, name) for stats in observed.values() for name in names)
+    tensors = {id(value): value for value in values if isinstance(value, Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def needed_bytes(loaded: LoadedModel, wanted: frozenset[Statistic]) -> int:

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -24,15 +24,15 @@ from qfarm.layers.install import Installed, install_sites
 from qfarm.layers.observe import observe
 from qfarm.layers.sites import Observed
 from qfarm.layers.twin import twin_blocks
-from qfarm.matrix import Cell
+from qfarm.matrix import Cell, canonical_hash
 from qfarm.models.load import DTYPES, LoadedModel, load
 from qfarm.models.reference import ModelFacts, resolve
 from qfarm.plan import EvaluationSpec, Outcome, Task, statistics_key
 from qfarm.quantizer import Grid
-from qfarm.recipe import Recipe, WeightSolver, build_method
+from qfarm.recipe import Method, Recipe, WeightSolver, build_method
 from qfarm.record import AnalysisRow, AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow, utc_now
 from qfarm.scheme import UNTOUCHED, parse_scheme
-from qfarm.shared import SharedStatistics, fits, needed_bytes, spare_bytes
+from qfarm.shared import KeptObservations, SharedStatistics, fits, needed_bytes, spare_bytes
 from qfarm.store import Store
 from qfarm.text import Part, load_pages, load_text, public_name, text_hash
 from qfarm.walk import BATCH_TOKENS
@@ -60,6 +60,7 @@ class Session:
         self._facts: dict[str, ModelFacts] = {}
         self._windows: dict[tuple[Any, ...], Any] = {}
         self._shared: dict[str, SharedStatistics] = {}  # by what they depend on; the latest used stands last
+        self._observed = KeptObservations()
         self._hashes: dict[tuple[str, Part], str] = {}
 
     @property
@@ -91,6 +92,7 @@ class Session:
             self.loaded.restore()
             return
         self._key, self._loaded, self._windows, self._shared = None, None, {}, {}
+        self._observed = KeptObservations()
         if cell.model not in self._facts:
             self._facts[cell.model] = resolve(cell.model)
         facts = self._facts[cell.model]
@@ -165,6 +167,25 @@ class Session:
             found = SharedStatistics(self.loaded, self.calibration(), BATCH_TOKENS >> self.shrink, self.share)
         self._shared[key] = found
         return found
+
+    def observed(self, wanted: frozenset[Statistic], sites: Set[str], behind: Sequence[Method]) -> Observed:
+        """Statistics of the cell's calibration text at sites, behind transforms that stand in the model already.
+
+        Kept for cells that ask for the same: of the original model, whatever they make of it.
+        """
+        if not wanted:
+            return {}
+        assert self.cell.calibration is not None, "statistics need calibration text"
+        batch_tokens = BATCH_TOKENS >> self.shrink
+        transforms = Recipe(tuple(behind)).specs()
+        # A transform may look at what is to be quantized.
+        scheme = self.cell.scheme if transforms else None
+        asked = [sorted(wanted), sorted(sites), batch_tokens, transforms, scheme]
+        calibration = {k: v for k, v in self.cell.calibration.items() if k != "text"}
+        return self._observed.get(
+            canonical_hash([asked, calibration, self.cell.seed]),
+            lambda: observe(self.loaded, self.calibration(), wanted, sites=sites, batch_tokens=batch_tokens),
+        )
 
 
 def _require_same(what: str, here: str, planned: str) -> None:
@@ -316,12 +337,13 @@ def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> tup
         return recipe.grid(usual)
 
     windows = session.calibration() if cell.calibration else None
-    _transform(session, recipe, windows)
+    _transform(session, recipe)
     if session.keep_twins:
         session.twins = twin_blocks(session.loaded)
     asking = [method for method in recipe.site_methods if method.site_statistics()]
     wanted = frozenset().union(*(method.site_statistics() for method in asking))
-    observed = _observe(session, wanted, set().union(*(method.observes for method in asking)), windows)
+    sites = frozenset().union(*(method.observes for method in asking))
+    observed = session.observed(wanted, sites, recipe.transforms)
     # The baseline and schemes that leave weights alone pass here too: every layer is listed with its reason.
     layers = quantize_weights(
         session.loaded,
@@ -343,19 +365,12 @@ def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> tup
     return layers, installed
 
 
-def _transform(session: Session, recipe: Recipe, windows: Tensor | None) -> None:
+def _transform(session: Session, recipe: Recipe) -> None:
     """Run the recipe's transforms, each on the model that the one before it left."""
-    for method in recipe.transforms:
-        observed = _observe(session, method.statistics(), {"linear_in"}, windows)
+    for position, method in enumerate(recipe.transforms):
+        observed = session.observed(method.statistics(), {"linear_in"}, recipe.transforms[:position])
         for note in method.transform(session.loaded, observed, session.cell.seed or 0):
             session.note(f"{method.name}: {note}")
-
-
-def _observe(session: Session, wanted: frozenset[Statistic], sites: set[str], windows: Tensor | None) -> Observed:
-    if not wanted:
-        return {}
-    assert windows is not None, "statistics need calibration text"
-    return observe(session.loaded, windows, wanted, sites=sites, batch_tokens=BATCH_TOKENS >> session.shrink)
 
 
 def cell_row(task: Task, session: Session, layers: list[LayerResult], installed: Installed) -> CellRow:

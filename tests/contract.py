@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qfarm import calibrate
 from qfarm.calibrate import LayerResult, quantize_weights
+from qfarm.inputs import Collector
 from qfarm.models.load import LoadedModel
 from qfarm.quantized import QuantizedWeight
 from qfarm.quantizer import Grid
@@ -43,6 +44,32 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def by_threads(make: Callable[[], Tensor], *counts: int) -> list[Tensor]:
+    """What `make` gives with each of these numbers of threads."""
+    results = []
+    for count in counts:
+        with threads(count):
+            results.append(make())
+    return results
+
+
+def require_ties_at_most(solver: WeightSolver, seed: int, foldable: bool = False) -> None:
+    """The same number of threads gives the same bits; another one may move what stood on the edge of two codes."""
+    generator = torch.manual_seed(seed)
+    weight, x = torch.randn(96, 384, generator=generator), torch.randn(1024, 384, generator=generator)
+    x = x @ torch.randn(384, 384, generator=generator)
+
+    def solve() -> Tensor:
+        collector = Collector(solver.statistics(), tokens=1024)
+        collector.add(x)
+        inputs = dataclasses.replace(collector.result(), foldable=foldable)
+        return solver.quantize_linear(weight, inputs, Grid(bits=3, group_size=32)).dequantize()
+
+    one, two, again = by_threads(solve, 1, 2, 2)
+    assert torch.equal(two, again)
+    assert float(((one - two).abs() > 1e-6).float().mean()) < 1e-3
 
 
 def is_weight_method(name: str) -> bool:

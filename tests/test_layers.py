@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from qfarm.layers.attention import NAME, SETTINGS, add_to_sites, attention
 from qfarm.layers.cache import QuantizedLayer, RTNLayer, SimulatedLayer, extend
 from qfarm.layers.inject import install_cache, stored_bits
 from qfarm.layers.install import install_sites
-from qfarm.layers.linear import Branch, QuantLinear, quantize_input, transform_input
+from qfarm.layers.linear import Branch, QuantLinear, ReadBySeveral, quantize_input, transform_input
 from qfarm.layers.observe import observe
 from qfarm.layers.rope import rotate, unrotate
 from qfarm.layers.rtn import Quantizer, Symmetric
@@ -420,6 +422,40 @@ def test_every_decoder_linear_and_only_those_are_quantized(model: LoadedModel) -
     changed = {name for name, module in model.model.named_modules() if isinstance(module, QuantLinear)}
     assert changed == {model.module_name(block, role) for block in range(2) for role in model.architecture.roles}
     assert not isinstance(model.head, QuantLinear)
+
+
+def test_an_input_that_several_layers_read_is_rounded_once_and_let_go() -> None:
+    given: list[Tensor] = []
+    once = ReadBySeveral(lambda x: (given.append(x), x + 1)[1], readers=3)  # type: ignore[func-returns-value]
+    first, second = torch.zeros(2), torch.ones(2)
+    results = [once(first), once(first), once(first), once(second)]
+    assert [r.tolist() for r in results] == [[1, 1]] * 3 + [[2, 2]] and results[0] is results[2]
+    assert once(first).tolist() == [1, 1]  # whoever comes out of turn gets the right numbers too
+    assert [x.tolist() for x in given] == [[0, 0], [1, 1], [0, 0]]
+    watched = weakref.ref(results[0])
+    once(first), once(first)
+    del results
+    gc.collect()
+    assert watched() is None and once._latest is None
+
+
+@every_family
+def test_layers_that_read_one_input_share_its_quantizer_unless_they_differ(model: LoadedModel) -> None:
+    install_sites(model, Recipe(), parse_scheme("a4"), {})
+    shared = logits(model)
+    for group in model.architecture.shared_inputs:
+        quantizers = {role: model.linears(1)[role].quantize for role in group}
+        assert len({id(q) for q in quantizers.values()}) == 1
+        assert isinstance(quantizers[group[0]], ReadBySeveral) == (len(group) > 1)
+    model.restore()
+    for block in range(2):
+        for role in model.architecture.roles:
+            quantize_input(model, block, role, Symmetric(bits=4))
+    assert torch.equal(logits(model), shared)
+    model.restore()
+    transform_input(model, 1, "k", lambda x: x + 0)  # k gets a tensor of its own
+    install_sites(model, Recipe(), parse_scheme("a4"), {})
+    assert all(isinstance(model.linears(1)[role].quantize, Symmetric) for role in "qkv")
 
 
 # -- everything together ----------------------------------------------------------------------------------------------

@@ -274,6 +274,27 @@ def test_rtn_does_not_depend_on_seed_and_calibration() -> None:
     assert (rtn.seed, rtn.calibration, rtn.statistics) == (None, None, None)
 
 
+def test_what_is_learned_before_weights_are_rounded_knows_no_mode() -> None:
+    """Sequential and independent statistics are of the inputs by which weights are solved."""
+    methods = "[smoothquant, {act: {granularity: tensor, mode: static}}, smoothquant+gptq]"
+    one, other = (
+        matrix(changed(methods=methods, bits="[w8a8]", statistics=mode)).cells for mode in ("sequential", "independent")
+    )
+    assert [cell.statistics for cell in other] == [None, None, None, "independent"]
+    assert [a.cell_id == b.cell_id for a, b in zip(one, other, strict=True)] == [True, True, True, False]
+    assert one[1].calibration is not None and one[1].seed == 0
+
+
+def test_methods_that_do_not_read_the_jobs_symmetric_are_the_same_cells_either_way() -> None:
+    methods = "[rtn, llm_int8, zeroquant, zeroquant: {symmetric: false}, gptq+qrazor, qrazor]"
+    one, other = (
+        matrix(changed(methods=methods, bits="[w8a8]", group_sizes="[-1]", symmetric=value)).cells[1:]
+        for value in ("true", "false")
+    )
+    assert [cell.symmetric for cell in one] == [True, True, True, False, True, True]
+    assert [a.cell_id == b.cell_id for a, b in zip(one, other, strict=True)] == [False, True, True, True, True, True]
+
+
 def test_a_methods_version_enters_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
     before = ids()
     monkeypatch.setattr(lookup("gptq"), "version", 99)

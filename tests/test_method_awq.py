@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qfarm.calibrate import LayerResult, quantize_weights
 from qfarm.errors import NonFinite
-from qfarm.inputs import Collector, InputStatistics
+from qfarm.inputs import InputStatistics
 from qfarm.methods.awq import AWQ, Loss, centred, clamp_groups, floored, gram_loss, group_amax, rounded, search_clip
 from qfarm.methods.rtn import RTN
 from qfarm.models.load import LoadedModel
@@ -23,6 +23,7 @@ from qfarm.quantizer import Grid
 from qfarm.recipe import WeightSolver, solves_blocks
 from qfarm.walk import BlockProblem
 from tests.conftest import TINY, save_tiny
+from tests.contract import require_ties_at_most
 from tests.test_models import loaded
 
 FINE = {"scale_dtype": torch.float32}
@@ -293,23 +294,7 @@ def test_refusals_and_broken_statistics() -> None:
 
 def test_threads_change_ties_at_most() -> None:
     """Losses are compared, and clipped groups chosen, by sums whose last bits may depend on the number of threads."""
-    generator = torch.manual_seed(73)
-    weight, x = torch.randn(96, 384, generator=generator), torch.randn(1024, 384, generator=generator)
-    x = x @ torch.randn(384, 384, generator=generator)
-    before, grid = torch.get_num_threads(), Grid(bits=3, group_size=32)
-    results = []
-    try:
-        for threads in (1, 2, 2):
-            torch.set_num_threads(threads)
-            collector = Collector(AWQ().statistics(), tokens=1024)
-            collector.add(x)
-            inputs = dataclasses.replace(collector.result(), foldable=True)
-            results.append(AWQ().quantize_linear(weight, inputs, grid).dequantize())
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[1], results[2])  # the same number of threads: the same bits
-    changed = (results[0] - results[1]).abs() > 1e-6
-    assert float(changed.float().mean()) < 1e-3
+    require_ties_at_most(AWQ(), seed=73, foldable=True)
 
 
 class Recorder(AWQ):

@@ -19,6 +19,7 @@ from qfarm.quantized import UniformWeight, unpack_bits
 from qfarm.quantizer import Grid
 from qfarm.recipe import Recipe
 from qfarm.solver import Factor, factorise, solve
+from tests.contract import require_ties_at_most
 
 FINE = {"scale_dtype": torch.float32}
 
@@ -441,22 +442,7 @@ def test_storage(
 
 def test_threads_change_ties_at_most() -> None:
     """LAPACK sums in an order that depends on the number of threads, so that U differs in the last bits of float64."""
-    generator = torch.manual_seed(70)
-    weight, x = torch.randn(96, 384, generator=generator), torch.randn(1024, 384, generator=generator)
-    x = x @ torch.randn(384, 384, generator=generator)
-    before, grid = torch.get_num_threads(), Grid(bits=3, group_size=32)
-    results = []
-    try:
-        for threads in (1, 2, 2):
-            torch.set_num_threads(threads)
-            collector = Collector(GPTQ().statistics(), tokens=1024)
-            collector.add(x)
-            results.append(GPTQ().quantize_linear(weight, collector.result(), grid).dequantize())
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[1], results[2])  # the same number of threads: the same bits
-    changed = (results[0] - results[1]).abs() > 1e-6
-    assert float(changed.float().mean()) < 1e-3
+    require_ties_at_most(GPTQ(), seed=70)
 
 
 def test_statistics_are_additive() -> None:

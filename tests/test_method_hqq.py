@@ -19,6 +19,7 @@ from qfarm.models.load import LoadedModel
 from qfarm.quantized import UniformWeight, unpack_bits
 from qfarm.quantizer import Grid, relative_error
 from tests.conftest import TINY
+from tests.contract import by_threads
 from tests.test_models import loaded
 
 FINE = {"scale_dtype": torch.float32}
@@ -223,15 +224,8 @@ def test_storage(rows: int, groups: int, size: int, bits: int, dtype: torch.dtyp
 
 def test_threads_do_not_change_the_result() -> None:
     """Bit for bit, also where the error that stops the loop is a mean over the whole matrix."""
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(quantize(gaussian(333, 770, seed=14, std=1.0), 3, 77).dequantize())
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
+    one, two = by_threads(lambda: quantize(gaussian(333, 770, seed=14, std=1.0), 3, 77).dequantize(), 1, 2)
+    assert torch.equal(one, two)
 
 
 def test_four_and_a_quarter_bits() -> None:

@@ -36,6 +36,7 @@ from qfarm.models.load import LoadedModel
 from qfarm.quantized import pack_bits, unpack_bits
 from qfarm.quantizer import Grid, relative_error
 from qfarm.solver import group_aware_order
+from tests.contract import by_threads
 from tests.test_models import loaded
 
 FINE: dict[str, Any] = {"scale_dtype": torch.float32}
@@ -332,15 +333,8 @@ def test_stored_bytes_and_round_trip(
 
 def test_threads_do_not_change_the_result() -> None:
     """Bit for bit: groups are solved apart."""
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(run(normal(222, 770, 43), 3, 77, rounds=3).dequantize())
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
+    one, two = by_threads(lambda: run(normal(222, 770, 43), 3, 77, rounds=3).dequantize(), 1, 2)
+    assert torch.equal(one, two)
 
 
 def test_bits_per_weight() -> None:

@@ -16,6 +16,7 @@ from qfarm.models.load import LoadedModel
 from qfarm.quantized import unpack_bits
 from qfarm.quantizer import Convention, Grid
 from tests.conftest import TINY
+from tests.contract import by_threads
 from tests.test_models import loaded
 
 
@@ -187,17 +188,9 @@ def test_effective_bits() -> None:
 
 def test_threads_do_not_change_the_result() -> None:
     """Bit for bit, at an odd size: nothing here is summed in an order that depends on the number of threads."""
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(
-                RTN(search=True).quantize_linear(weight(333, 770), None, Grid(bits=3, group_size=77)).dequantize()
-            )
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
+    solver, grid = RTN(search=True), Grid(bits=3, group_size=77)
+    one, two = by_threads(lambda: solver.quantize_linear(weight(333, 770), None, grid).dequantize(), 1, 2)
+    assert torch.equal(one, two)
 
 
 def test_per_tensor_refuses_groups_and_stacks() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qfarm.calibrate import LayerResult, quantize_weights
 from qfarm.errors import InvalidInput, NonFinite
-from qfarm.inputs import Collector, InputStatistics
+from qfarm.inputs import InputStatistics
 from qfarm.methods.gptq import GPTQ, gptq
 from qfarm.methods.rtn import RTN
 from qfarm.methods.spqr import (
@@ -36,6 +36,7 @@ from qfarm.quantized import UniformWeight, unpack_bits
 from qfarm.quantizer import Grid
 from qfarm.recipe import WeightSolver
 from qfarm.solver import factorise
+from tests.contract import require_ties_at_most
 from tests.test_models import loaded
 
 FINE = {"scale_dtype": torch.float32}
@@ -514,22 +515,7 @@ def test_a_hessian_that_cannot_be_factored_leaves_rtn_and_says_so() -> None:
 
 def test_threads_change_ties_at_most() -> None:
     """LAPACK sums in an order that depends on the number of threads, so that U differs in the last bits of float64."""
-    generator = torch.manual_seed(72)
-    weight, x = torch.randn(96, 384, generator=generator), torch.randn(1024, 384, generator=generator)
-    x = x @ torch.randn(384, 384, generator=generator)
-    before, grid = torch.get_num_threads(), Grid(bits=3, group_size=32)
-    results = []
-    try:
-        for threads in (1, 2, 2):
-            torch.set_num_threads(threads)
-            collector = Collector(SpQR().statistics(), tokens=1024)
-            collector.add(x)
-            results.append(SpQR().quantize_linear(weight, collector.result(), grid).dequantize())
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[1], results[2])  # the same number of threads: the same bits
-    changed = (results[0] - results[1]).abs() > 1e-6
-    assert float(changed.float().mean()) < 1e-3
+    require_ties_at_most(SpQR(), seed=72)
 
 
 def test_nonfinite_weights_and_statistics_are_errors() -> None:

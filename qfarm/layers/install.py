@@ -10,7 +10,14 @@ from qfarm.errors import QfarmError
 from qfarm.layers.attention import add_to_sites
 from qfarm.layers.cache import RTNLayer, SimulatedLayer
 from qfarm.layers.inject import MakeLayer, install_cache, stored_bits
-from qfarm.layers.linear import Multiplier, by_sequence, head_rows, quantize_input, transform_output
+from qfarm.layers.linear import (
+    Multiplier,
+    ReadBySeveral,
+    by_sequence,
+    head_rows,
+    quantize_input,
+    transform_output,
+)
 from qfarm.layers.rtn import Quantizer, rtn_quantizer
 from qfarm.layers.sites import TENSORS, Observed, Place
 from qfarm.models.load import LoadedModel
@@ -86,13 +93,12 @@ def _install_tensors(
         if quantize is None:
             left.setdefault(" ".join(filter(None, [place.site, place.role])), []).append(place.layer)
         else:
-            across = method is not None and not method.causal and site == "linear_in"
-            alone = across and not isinstance(quantize, Multiplier)
-            found[place] = by_sequence(loaded, place.layer, quantize) if alone else quantize
+            found[place] = quantize
     if not found:
         raise QfarmError(f"{method.name if method else 'rtn'} claims {site} but quantizes nothing there")
+    across = method is not None and not method.causal
     for block in range(len(loaded.blocks)):
-        _install_block(loaded, block, {place: q for place, q in found.items() if place.layer == block})
+        _install_block(loaded, block, {place: q for place, q in found.items() if place.layer == block}, across)
     _install_simulated_cache(loaded, found)
     if method is not None:
         reports.append(functools.partial(method.report, found))
@@ -110,14 +116,42 @@ def _places(loaded: LoadedModel, site: str) -> Iterator[Place]:
                 yield Place(tensor, block, role)
 
 
-def _install_block(loaded: LoadedModel, block: int, found: dict[Place, Quantizer]) -> None:
+def _install_block(loaded: LoadedModel, block: int, found: dict[Place, Quantizer], across: bool) -> None:
+    """Install quantizers of one block; `across`: those of linear inputs look across the tokens of a sequence."""
+    for roles in loaded.architecture.shared_inputs:
+        here = {role: found[place] for role in roles if (place := Place("linear_in", block, role)) in found}
+        for role, quantize in _once(loaded, block, here, across).items():
+            quantize_input(loaded, block, role, quantize)
     for place, quantize in found.items():
-        if place.site == "linear_in":
-            quantize_input(loaded, block, place.role, quantize)
-        elif place.site == "k_pre_rope":
+        if place.site == "k_pre_rope":
             transform_output(loaded, loaded.key_maker(block), head_rows(quantize, loaded.head_dim))
         elif place.site in ("q", "probs"):
             add_to_sites(loaded, block, **{place.site: quantize})
+
+
+def _once(loaded: LoadedModel, block: int, found: dict[str, Quantizer], across: bool) -> dict[str, Quantizer]:
+    """Quantizers by role of layers that read the same tensor, where equal ones do their work once."""
+    linears = loaded.linears(block)
+    # A hook hands a layer a tensor of its own.
+    apart = any(linears[role]._forward_pre_hooks for role in found)
+    if apart or len(found) < 2 or not all(map(_shareable, found.values())) or len(set(found.values())) > 1:
+        return {role: _whole(loaded, block, quantize, across) for role, quantize in found.items()}
+    quantize = _whole(loaded, block, next(iter(found.values())), across)
+    return dict.fromkeys(found, ReadBySeveral(quantize, len(found)))
+
+
+def _whole(loaded: LoadedModel, block: int, quantize: Quantizer, across: bool) -> Quantizer:
+    """The quantizer, which sees whole sequences if it looks across their tokens."""
+    return by_sequence(loaded, block, quantize) if across and not isinstance(quantize, Multiplier) else quantize
+
+
+def _shareable(quantize: Quantizer) -> bool:
+    """Whether it can be told from others by its value, and takes no part in the product."""
+    try:
+        hash(quantize)
+    except TypeError:  # of one of its fields
+        return False
+    return not isinstance(quantize, Multiplier)
 
 
 def _install_simulated_cache(loaded: LoadedModel, found: dict[Place, Quantizer]) -> None:

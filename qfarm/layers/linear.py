@@ -60,6 +60,27 @@ class QuantLinear(nn.Linear):
         return y if self.branch is None else y + self.branch(x)
 
 
+class ReadBySeveral:
+    """A quantizer of an input that several layers read: rounds it for the first, and lets go of it with the last.
+
+    What is given decides, not who asks: a tensor other than the latest is rounded anew. No layer may write into it.
+    """
+
+    def __init__(self, quantize: Quantizer, readers: int) -> None:
+        self.quantize, self.readers = quantize, readers
+        self._latest: tuple[Tensor, Tensor] | None = None  # an input and what it was rounded to
+        self._left = 0  # readers of it that are still to come
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._latest is None or self._latest[0] is not x:
+            self._latest, self._left = (x, self.quantize(x)), self.readers
+        rounded = self._latest[1]
+        self._left -= 1
+        if not self._left:
+            self._latest = None
+        return rounded
+
+
 def as_given(x: Tensor) -> Tensor:
     """The quantizer of an input that is not quantized, where a layer has a branch."""
     return x

@@ -5,9 +5,10 @@
                  x_hat = s (clamp(round(x / s) + z, 0, 2^b - 1) - z)
     unsigned     the asymmetric grid of what is never negative: s = max(x) / (2^b - 1), z = 0
 
-Arithmetic is float32, rounding half to even, the result is cast back to the dtype of x. A row of zeros comes out as
-zeros. NaN and Inf come out as NaN, for the evaluation to find. A row is a token (linear inputs), a token of a head
-(queries, keys, values) or a query of a head (probabilities), so no quantizer here looks at another token.
+Arithmetic is float32 (which x / s is for any dtype of x, as s is), rounding half to even, the result is cast back to
+the dtype of x. Ranges are exact in the dtype of x. A row of zeros comes out as zeros. NaN and Inf come out as NaN, for
+the evaluation to find. A row is a token (linear inputs), a token of a head (queries, keys, values) or a query of a head
+(probabilities), so no quantizer here looks at another token.
 
 Raise the version in `qfarm.layers.sites` when a rule changes results.
 """
@@ -31,10 +32,9 @@ class Symmetric:
     bits: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        values = x.float()
         top = 2.0 ** (self.bits - 1) - 1
-        scale = (values.abs().amax(dim=-1, keepdim=True) / top).clamp(min=TINY)
-        return (torch.round(values / scale).clamp(-top, top) * scale).to(x.dtype)
+        scale = (x.abs().amax(dim=-1, keepdim=True).float() / top).clamp(min=TINY)
+        return (x / scale).round_().clamp_(-top, top).mul_(scale).to(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,8 @@ class Asymmetric:
     bits: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        values = x.float()
-        scale, zero = asymmetric_grid(values, self.bits)
-        return ((asymmetric_codes(values, scale, zero, self.bits) - zero) * scale).to(x.dtype)
+        scale, zero = asymmetric_grid(x, self.bits)
+        return asymmetric_codes(x, scale, zero, self.bits).sub_(zero).mul_(scale).to(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,16 +55,15 @@ class Unsigned:
     bits: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        values = x.float()
         top = 2.0**self.bits - 1
-        scale = (values.amax(dim=-1, keepdim=True) / top).clamp(min=TINY)
-        return (torch.round(values / scale).clamp(0, top) * scale).to(x.dtype)
+        scale = (x.amax(dim=-1, keepdim=True).float() / top).clamp(min=TINY)
+        return (x / scale).round_().clamp_(0, top).mul_(scale).to(x.dtype)
 
 
 def asymmetric_grid(values: Tensor, bits: int, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Scale and zero [..., 1], float32, of rows [..., n] in float32; the scale has the precision of its storage."""
-    low = values.amin(dim=-1, keepdim=True).clamp(max=0)
-    high = values.amax(dim=-1, keepdim=True).clamp(min=0)
+    """Scale and zero [..., 1], float32, of rows [..., n]; the scale has the precision of its storage."""
+    low = values.amin(dim=-1, keepdim=True).float().clamp(max=0)
+    high = values.amax(dim=-1, keepdim=True).float().clamp(min=0)
     scale = (high - low) / (2.0**bits - 1)
     scale = scale.clamp(min=torch.finfo(scale_dtype).tiny).to(scale_dtype).float()
     return scale, torch.round(-low / scale).clamp(0, 2.0**bits - 1)
@@ -73,7 +71,7 @@ def asymmetric_grid(values: Tensor, bits: int, scale_dtype: torch.dtype = torch.
 
 def asymmetric_codes(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Codes in 0 .. 2^bits - 1, float32."""
-    return (torch.round(values / scale) + zero).clamp(0, 2.0**bits - 1)
+    return (values / scale).round_().add_(zero).clamp_(0, 2.0**bits - 1)
 
 
 def rtn_quantizer(site: str, bits: int) -> Quantizer:

@@ -19,11 +19,11 @@ class Clipped:
     """Numbers that passed through a quantizer, and those beyond its grid, added up over calls."""
 
     numbers: int = 0
-    beyond: int = 0
+    beyond: Tensor | int = 0  # stays on the device, which a forward pass must not wait for
 
     def count(self, inside: Tensor) -> None:
         self.numbers += inside.numel()
-        self.beyond += inside.numel() - int(inside.sum())
+        self.beyond = self.beyond + inside.logical_not().sum()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,4 +65,4 @@ def share_clipped(quantizers: Iterable[object]) -> float | None:
     """Of all numbers that these quantizers saw, the share beyond their grids; None where none is static."""
     seen = [q.clipped for q in quantizers if isinstance(q, StaticSymmetric | StaticAsymmetric)]
     numbers = sum(one.numbers for one in seen)
-    return sum(one.beyond for one in seen) / numbers if numbers else None
+    return sum(int(one.beyond) for one in seen) / numbers if numbers else None

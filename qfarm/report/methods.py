@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qfarm.recipe import Method, Wrapper, lookup, method_names
+from qfarm.recipe import Method, WeightSolver, Wrapper, lookup, method_names
 from qfarm.report.render import terminal_text
 
 
@@ -34,7 +34,7 @@ def render_method(name: str, width: int, color: bool = False) -> str:
 
 def _parts(kind: type[Method], name: str) -> Iterator[RenderableType]:
     yield Text(inspect.cleandoc(_module_doc(kind)))
-    yield Text(f"\nsource: {kind.source}\nweights: {_widths(kind)} bits\noptions:")
+    yield Text(f"\nsource: {kind.source}\nweights: {_weights(kind)}\noptions:")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("option", "type", "default", "meaning"):
         table.add_column(column, no_wrap=column == "option", overflow="fold")
@@ -71,7 +71,18 @@ def _type(hint: Any) -> str:
 
 
 def _widths(kind: type[Method]) -> str:
-    return "as its solver" if issubclass(kind, Wrapper) else f"{kind.widths.start}..{kind.widths.stop - 1}"
+    """Widths of weights, as methods/README.md has them."""
+    if issubclass(kind, Wrapper):
+        return "as its solver"
+    if not issubclass(kind, WeightSolver):
+        return "-"
+    first, last = kind.widths.start, kind.widths.stop - 1
+    return f"{first}..{last}" if first < last else str(first)
+
+
+def _weights(kind: type[Method]) -> str:
+    widths = _widths(kind)
+    return "left to other methods" if widths == "-" else widths + " bits" * (not issubclass(kind, Wrapper))
 
 
 def _module_doc(kind: type[Method]) -> str:
