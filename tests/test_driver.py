@@ -336,8 +336,9 @@ import ray
 from ray.cluster_utils import Cluster
 from tests.test_driver import *
 nodes = Cluster(initialize_head=True, head_node_args={{"num_cpus": 0, "include_dashboard": False}})
-victim = nodes.add_node(num_cpus=1)
+# Before there is another node on this address: a driver that took the victim's raylet for its own would die with it.
 ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+victim = nodes.add_node(num_cpus=1)
 folder = Path({folder!r})
 def watch(event):
     if isinstance(event, Progressed) and event.stage == "evaluate" and not (folder / "gates").exists():
