@@ -70,8 +70,7 @@ def quantize_weights(
     the inputs of linear layers will be quantized to, for solvers that train against it. Embeddings and the head are
     untouched, norms and biases too unless a block solver learns them.
     """
-    run = _Run(loaded, solver, tuple(wrappers), grid_of, windows, sequential, seed, batch_tokens, shared)
-    run.input_bits = input_bits
+    run = _Run(loaded, solver, tuple(wrappers), grid_of, windows, sequential, seed, batch_tokens, shared, input_bits)
     results: list[LayerResult] = []
     for index in range(len(loaded.blocks)):
         report(index, len(loaded.blocks))
@@ -94,10 +93,11 @@ class _Run:
         seed: int,
         batch_tokens: int,
         shared: SharedStatistics | None,
+        input_bits: int,
     ) -> None:
         self.loaded, self.solver, self.wrappers, self.grid_of, self.seed = loaded, solver, wrappers, grid_of, seed
         self.wanted = solver.statistics().union(*(wrapper.statistics() for wrapper in wrappers))
-        self.input_bits = UNTOUCHED
+        self.input_bits = input_bits
         original_inputs = solves_blocks(solver) and solver.original_inputs
         self.sequential = (sequential or solver.true_sequential) and not original_inputs
         self.walk, self.original = None, None

@@ -108,7 +108,7 @@ class Session:
         return nn.functional.linear(hidden, *self._head)
 
     def keep(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """What an evaluator makes once for the loaded model, such as its text in tokens."""
+        """What is made once for the loaded model, such as a text in tokens."""
         if key not in self._windows:
             self._windows[key] = make()
         return self._windows[key]
@@ -121,33 +121,34 @@ class Session:
 
     def windows(self, text: str, length: int, limit: int | None) -> Windows:
         """Evaluation windows, tokenized once per model."""
-        key = (text, length, limit)
-        if key not in self._windows:
+
+        def make() -> Windows:
             corpus = load_text(text, "evaluation", self.data)
-            self._windows[key] = evaluation_windows(corpus, self.loaded.tokenizer, length, limit)
-        found: Windows = self._windows[key]
+            return evaluation_windows(corpus, self.loaded.tokenizer, length, limit)
+
+        found: Windows = self.keep((text, length, limit), make)
         return found
 
     def rolling(self, text: str, reach: int, limit: int | None) -> Rolling:
         """Rolling windows over the first `limit` documents, tokenized once per model."""
-        key = ("rolling", text, reach, limit)
-        if key not in self._windows:
-            pages = load_pages(text, self.data)
-            self._windows[key] = rolling_windows(pages, self.loaded.tokenizer, reach, limit)
-        found: Rolling = self._windows[key]
+
+        def make() -> Rolling:
+            return rolling_windows(load_pages(text, self.data), self.loaded.tokenizer, reach, limit)
+
+        found: Rolling = self.keep(("rolling", text, reach, limit), make)
         return found
 
     def calibration(self) -> Tensor:
         """The cell's calibration windows, int64 [samples, length]."""
         plan, seed = self.cell.calibration, self.cell.seed
         assert plan is not None and seed is not None
-        key = ("calibration", plan["source"], plan["samples"], plan["length"], seed)
         self.require_text(plan["text"], "calibration", plan["source"])
-        if key not in self._windows:
+
+        def make() -> Tensor:
             corpus = load_text(plan["text"], "calibration", self.data)
-            drawn = calibration_windows(corpus, self.loaded.tokenizer, plan["samples"], plan["length"], seed)
-            self._windows[key] = drawn
-        found: Tensor = self._windows[key]
+            return calibration_windows(corpus, self.loaded.tokenizer, plan["samples"], plan["length"], seed)
+
+        found: Tensor = self.keep(("calibration", plan["source"], plan["samples"], plan["length"], seed), make)
         return found
 
     def shared_statistics(self) -> SharedStatistics | None:
@@ -157,7 +158,7 @@ class Session:
         key = f"{statistics_key(self.cell)} {BATCH_TOKENS >> self.shrink}"
         found = self._shared.pop(key, None)
         if found is None or not self.share <= found.wanted:
-            found = None
+            found = None  # gone before free memory is counted
             needed = needed_bytes(self.loaded, self.share)
             while self._shared and not fits(needed):
                 self._shared.pop(next(iter(self._shared)))

@@ -218,7 +218,7 @@ def _as_list(value: Any) -> list[Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A task's YAML file with its includes merged, local keys first; functions stay names. Raises DataError."""
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader(path.parent))  # noqa: S506
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader(path.parent))  # noqa: S506  # a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: not a readable task file: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
