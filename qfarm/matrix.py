@@ -109,7 +109,7 @@ def expand(job: Job, facts: Callable[[str], ModelFacts], text_hash: Callable[[st
     used: set[int] = set()
     models = dict.fromkeys(name for block in job.blocks for name in block.models)
     for name in models:
-        cell = _cell(job, facts(name), _baseline_recipe(), Scheme(), -1, 0, text_hash)
+        cell = baseline_cell(facts(name), job.file.dtype)
         cells.setdefault(cell.cell_id, cell)
     for block in job.blocks:
         for axes in _product(block):
@@ -290,6 +290,25 @@ def _matches(match: Match, model: str, recipe: Recipe, scheme: Scheme, group_siz
 def _parts(chain: str) -> frozenset[str]:
     """The methods of a chain, which may be written in any order."""
     return frozenset(part.strip() for part in chain.split("+"))
+
+
+def baseline_cell(facts: ModelFacts, dtype: str) -> Cell:
+    """The full-precision cell of a model, as every job has it that loads the model in this dtype."""
+    return Cell(
+        model=facts.reference,
+        fingerprint=facts.fingerprint,
+        tokenizer=facts.tokenizer,
+        dtype=dtype,
+        recipe=_baseline_recipe().name,
+        methods=(),
+        scheme=str(Scheme()),
+        group_size=-1,
+        symmetric=False,
+        scale_dtype="float16",
+        statistics=None,
+        calibration=None,
+        seed=None,
+    )
 
 
 def find_cell(cells: tuple[Cell, ...], text: str) -> Cell:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -17,7 +18,7 @@ from qfarm.divergence import histogram_counts, histogram_quantile
 from qfarm.errors import DataError, InvalidInput, NonFinite
 from qfarm.evaluate import build_evaluator, eval_id
 from qfarm.evaluate.perplexity import Perplexity, Stop, _Gambler
-from qfarm.matrix import Cell
+from qfarm.matrix import Cell, baseline_cell
 from qfarm.models.load import LoadedModel
 from qfarm.models.reference import resolve
 from qfarm.predictions import HIDDEN
@@ -28,23 +29,8 @@ from tests.test_text import write_pack
 OPTIONS: dict[str, Any] = {"text": "python-docs", "length": 64, "windows": 40}
 
 
-def make_cell(model: Path, recipe: str = "baseline") -> Cell:
-    facts = resolve(str(model))
-    return Cell(
-        model=str(model),
-        fingerprint=facts.fingerprint,
-        tokenizer=facts.tokenizer,
-        dtype="float32",
-        recipe=recipe,
-        methods=(),
-        scheme="w16",
-        group_size=-1,
-        symmetric=False,
-        scale_dtype="float16",
-        statistics=None,
-        calibration=None,
-        seed=None,
-    )
+def make_cell(model: Path | str, recipe: str = "baseline") -> Cell:
+    return dataclasses.replace(baseline_cell(resolve(str(model)), "float32"), recipe=recipe)
 
 
 @pytest.fixture

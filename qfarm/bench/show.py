@@ -1,10 +1,10 @@
-"""Show a benchmark's report: a table for a terminal, or JSON."""
+"""Show the benchmarks' reports: tables for a terminal, or JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -12,6 +12,7 @@ from rich.text import Text
 from qfarm.report.render import terminal_text
 
 if TYPE_CHECKING:
+    from qfarm.bench import tasks
     from qfarm.bench.methods import MethodResult, Report
 
 COLUMNS = (
@@ -34,8 +35,15 @@ LEGEND = (
     "The yardstick is GPTQ as published, one layer at a time, blocks of 128 columns."
 )
 
+TASK_COLUMNS = ("task", "items", "acc", "lm-eval's", "same answer", "same score", "max diff", "prepare", "s", "ratio")
+TASK_LEGEND = (
+    "same answer: items in which both prefer the same choice; same score: both right or both wrong; max diff: largest "
+    "difference of a choice's log-likelihood, nats. prepare: prompts to tokens, once per model; s: the rest of ours; "
+    "ratio: lm-eval's seconds / ours with the preparation, above 1 = faster."
+)
 
-def render_json(report: Report) -> str:
+
+def render_json(report: Report | tasks.Report) -> str:
     return json.dumps(dataclasses.asdict(report), indent=2) + "\n"
 
 
@@ -52,10 +60,39 @@ def render_terminal(report: Report, width: int, color: bool = False) -> str:
     blocks = f"{settings.blocks} block{'s' if settings.blocks > 1 else ''}"
     what = f"{settings.model}: {blocks}, {tokens} tokens, w{settings.bits} {group}, {settings.dtype}"
     what += f", {settings.clock} seconds"
-    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    where = f"{device}; torch {machine['packages']['torch']}; memory {report.memory}"
+    where = f"{_where(machine)}; memory {report.memory}"
     refused = [Text(f"not run: {name}: {rule}") for name, rule in report.refused.items()]
     return terminal_text([Text(what), Text(where + "\n"), table, Text("\n" + LEGEND), *refused], width, color)
+
+
+def render_tasks(report: tasks.Report, width: int, color: bool = False) -> str:
+    """Every task asked both ways, with where it ran."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in TASK_COLUMNS:
+        table.add_column(name, justify="left" if name == "task" else "right", overflow="fold")
+    for result in report.results:
+        table.add_row(
+            result.task,
+            str(result.items),
+            f"{result.accuracy:.4f}",
+            f"{result.accuracy_lm_eval:.4f}",
+            str(result.same_answer),
+            str(result.same_score),
+            f"{result.largest_difference:.1e}",
+            f"{result.prepare_s:.1f}",
+            f"{result.seconds:.1f}",
+            f"{result.ratio:.2f}",
+        )
+    settings = report.settings
+    what = f"{settings.model}: {settings.dtype}, lm-eval in batches of {settings.batch_size}"
+    return terminal_text(
+        [Text(what), Text(_where(report.machine) + "\n"), table, Text("\n" + TASK_LEGEND)], width, color
+    )
+
+
+def _where(machine: dict[str, Any]) -> str:
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    return f"{device}; torch {machine['packages']['torch']}"
 
 
 def _cells(result: MethodResult) -> list[str]:
