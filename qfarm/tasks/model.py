@@ -19,14 +19,14 @@ from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 from torch import Tensor
 from transformers import DynamicCache
 
+from qfarm import divergence
 from qfarm.errors import NonFinite
 from qfarm.models.load import LoadedModel
+from qfarm.predictions import LOGIT_BUDGET
 from qfarm.tasks.batches import Bundle, Request, batched, bundles, make_request
 from qfarm.tasks.generate import Generated, Progress, Prompt, generate
 
 GENERATION_FACTOR = 8  # times as many tokens in the cache as one pass reads: decoding reads one token a row
-# Elements of one chunk of float32 logits: on a CPU it should stay in the caches, a GPU wants few large kernels.
-LOGIT_BUDGET = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
 class SessionLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
@@ -189,10 +189,8 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         wanted = torch.tensor(targets, device=states.device)
         for start in range(0, len(owners), self.logit_rows):
             part = slice(start, start + self.logit_rows)
-            logits = self.loaded.head(states[part]).float()  # [positions, vocabulary]
-            chosen = logits.gather(-1, wanted[part, None])[:, 0] - logits.logsumexp(-1)
-            hit = logits.argmax(-1) == wanted[part]
-            yield index[part], chosen.double().cpu().numpy(), hit.cpu().numpy()
+            found = divergence.score(self.loaded.head(states[part]), wanted[part], None)
+            yield index[part], -found["loss"].double().cpu().numpy(), found["correct"].bool().cpu().numpy()
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None) -> list[Generated]:
