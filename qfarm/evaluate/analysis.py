@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from qfarm.analysis import distance, mean_decibels, moments, over_windows
 from qfarm.errors import NonFinite
 from qfarm.evaluate import Evaluator, Result
+from qfarm.layers.inject import KEYWORDS
 from qfarm.models.load import LoadedModel
 from qfarm.recipe import STRICT
 from qfarm.record import LayerStatistic, Metric
@@ -129,8 +130,8 @@ class Comparison:
         if index == 0:
             self.hidden = args[0] if args else kwargs["hidden_states"]
         others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        if "past_key_values" in others:
-            others |= {"past_key_values": None, "use_cache": False}
+        for keyword in others.keys() & set(KEYWORDS):
+            others |= {keyword: None, "use_cache": False}
         self.inputs.clear()
         out = self.twins[index](self.hidden, *args[1:], **others)
         self.hidden = out[0] if isinstance(out, tuple) else out

@@ -9,7 +9,8 @@ unquantized. The hook stands at the decoder rather than at the causal-LM module,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from qfarm.models.load import LoadedModel
 MakeLayer = Callable[[], QuantizedLayer]
 KNOWN_KINDS = {"full_attention", "sliding_attention"}  # of decoder blocks; the mask enforces a sliding window
 PROBE_TOKENS = 2048  # at which stored bits are counted
+# Names of the keyword that hands a model its cache: since transformers 5.24, which ignores the other one beside it, and
+# before. Callers may still use the older one.
+KEYWORDS = ("cache", "past_key_values")
 
 
 def install_cache(loaded: LoadedModel, makers: Sequence[MakeLayer]) -> None:
@@ -42,7 +46,7 @@ def install_cache(loaded: LoadedModel, makers: Sequence[MakeLayer]) -> None:
 def _inject(
     loaded: LoadedModel, makers: Sequence[MakeLayer], module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    given = kwargs.get("past_key_values")
+    given = given_cache(kwargs)
     if _is_quantized(given):
         return args, kwargs
     if given is not None and not (type(given) is DynamicCache and given.get_seq_length() == 0):
@@ -53,9 +57,19 @@ def _inject(
     for layer in layers:
         layer.prefill, layer.starts = loaded.prefill, starts
     if given is None:
-        return args, kwargs | {"past_key_values": Cache(layers=layers)}
+        others = {name: value for name, value in kwargs.items() if name not in KEYWORDS}
+        return args, others | {_keyword(module): Cache(layers=layers)}
     given.layers[:] = layers
     return args, kwargs
+
+
+def given_cache(kwargs: Mapping[str, Any]) -> Cache | None:
+    """The cache among a call's keywords, by either name."""
+    return next((kwargs[name] for name in KEYWORDS if kwargs.get(name) is not None), None)
+
+
+def _keyword(module: nn.Module) -> str:
+    return next(name for name in KEYWORDS if name in inspect.signature(module.forward).parameters)
 
 
 def _is_quantized(cache: Cache | None) -> bool:
@@ -64,7 +78,7 @@ def _is_quantized(cache: Cache | None) -> bool:
 
 def _hand_over_rotation(block: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Caches are told keys only; those that undo the rotary embedding need its cos and sin."""
-    past = kwargs.get("past_key_values")
+    past = given_cache(kwargs)
     if past is not None and _is_quantized(past):
         past.layers[block].rotation = kwargs.get("position_embeddings")
 
