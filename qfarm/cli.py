@@ -356,6 +356,7 @@ def bench_group() -> None:
 @click.option("--bits", default=4, show_default=True, help="Width of the weights.")
 @click.option("--group", "group_size", default=64, show_default=True, help="Columns per scale; -1: the whole row.")
 @click.option("--repeats", default=3, show_default=True, help="Runs of each method; one of those above 20 s.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option(
     "--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True, help="cpu: all threads."
 )

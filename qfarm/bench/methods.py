@@ -50,7 +50,7 @@ class Settings:
     bits: int = 4
     group_size: int = 64
     repeats: int = 3
-    dtype: str = "float32"
+    dtype: str = "bfloat16"  # as in a job
     clock: Literal["wall", "cpu"] = "wall"  # cpu: seconds of all threads, for machines that do other work too
 
 
