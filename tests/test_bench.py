@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from qfarm import cli
+from qfarm import cli, environment
 from qfarm.bench import methods as bench
+from qfarm.bench import tasks as asking
 from qfarm.bench import yardstick
+from qfarm.bench.show import render_tasks
 from qfarm.bench.stopwatch import SECTIONS, Stopwatch, timed
 from qfarm.calibrate import quantize_weights
+from qfarm.errors import InvalidInput
 from qfarm.inputs import Collector, InputStatistics, Statistic
 from qfarm.methods.gptq import GPTQ
 from qfarm.methods.rtn import RTN
 from qfarm.quantizer import Grid
 from qfarm.solver import factorise, solve
+from qfarm.tasks.build import Options, build_task
+from qfarm.tasks.model import SessionLM
+from tests.tasks_example import choice_task
 from tests.test_method_gptq import correlated, loss
 from tests.test_models import loaded
 
+ALL_ITEMS = Options(few_shot=None, limit=None, seed=1234, chat_template=False)
 WINDOWS = torch.randint(0, 256, (4, 32), generator=torch.manual_seed(0))
 
 
@@ -237,3 +245,40 @@ def test_rounding_inside_the_loop_is_the_grids(symmetric: bool, convention: Any,
     for name in ("codes", "values", "updated", "scale", "zero"):
         assert torch.equal(getattr(inside, name), getattr(outside, name)), name
     assert inside.loss == outside.loss
+
+
+# -- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_asked_twice(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny model: the counts are those of its items, and a changed answer would be counted as one."""
+    task = choice_task(tmp_path)
+    settings = asking.Settings(model=str(tiny), tasks=(f"{task}:7",), batch_size=2)
+    monkeypatch.setattr(asking, "lm_evals_own", lambda leaf, source: build_task(leaf, ALL_ITEMS, source))
+    (result,) = asking.run(settings).results
+    assert (result.items, result.same_answer, result.same_score) == (7, 7, 7)
+    assert result.accuracy == result.accuracy_lm_eval and 0 < result.largest_difference < 1e-3
+    assert result.ratio == pytest.approx(result.seconds_lm_eval / (result.prepare_s + result.seconds))
+    shown = render_tasks(asking.Report(settings=settings, machine=environment.provenance(), results=(result,)), 120)
+    assert "animals x7" in shown
+
+    score = SessionLM._score_positions
+    monkeypatch.setattr(SessionLM, "_score_positions", lambda self, o, s, t: score(self, o, -s, t))
+    (other,) = asking.run(settings).results
+    assert other.same_answer < 7 and other.largest_difference > 0.1
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ((), "expected names of tasks"),
+        (("arc_easy:many",), 'arc_easy: expected a number of items after ":", got "many"'),
+        (("arc_easy:0",), 'got "0"'),
+        (("gsm8k",), "gsm8k: expected one task whose questions have choices"),
+        (("mmlu",), "mmlu: expected one task"),
+        (("arc_eazy",), "arc_eazy"),
+    ],
+)
+def test_tasks_that_cannot_be_asked_twice(tasks: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InvalidInput, match=re.escape(message)):
+        asking.run(asking.Settings(model="nowhere", tasks=tasks))

@@ -1,21 +1,25 @@
-"""Tasks asked twice: our way and by lm-eval's own wrapper, of one model in memory, on the same items.
+"""Tasks asked twice: our way, and by lm-eval run by itself, of one model in memory and of the same files.
 
-Both get the same task objects, hence the same prompts and the same files. What may differ is how the model is called
-(see `qfarm.tasks.model`): so every answer is compared, and both are timed, from the task's items to its metrics. In
-float32 only the order of additions is left to differ; in bfloat16 lm-eval rounds logits before the log-softmax, where
-qfarm does not.
+lm-eval builds its task from its own registered file, changed as its users do it: a YAML file that includes the
+registered one and names the data files. It asks through its own wrapper. Every answer is compared, and both are timed,
+from the task's items to its metrics. In float32 only the order of additions is left to differ; in bfloat16 lm-eval
+rounds logits before the log-softmax, where qfarm does not.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from qfarm import environment
 from qfarm.errors import InvalidInput
@@ -23,9 +27,12 @@ from qfarm.evaluate import build_evaluator
 from qfarm.evaluate.tasks import Tasks
 from qfarm.matrix import Cell, baseline_cell
 from qfarm.models.reference import resolve
+from qfarm.tasks.registry import Leaf
+from qfarm.tasks.source import SPLIT_KEYS, Source, find_source
 from qfarm.worker import Session
 
 KIND = "multiple_choice"  # of tasks that can be compared choice by choice
+OWN = "lm_evals_own"  # the name under which lm-eval is given its task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,24 +115,23 @@ def compare(session: Session, evaluator: Tasks, batch_size: int) -> TaskResult:
     prepared_at = time.perf_counter()
     result = evaluator.run(session, lambda done, total: None)
     done = time.perf_counter()
-    prepared = evaluator._prepared(session)[0]
+    leaf = evaluator.entry.leaves[0]
+    task = lm_evals_own(leaf, find_source(leaf, session.data))
     gc.collect()  # not on the other's clock
 
     again = time.perf_counter()
     loaded = session.loaded
     theirs = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
     with torch.no_grad():
-        output = evaluate(
-            lm=theirs, task_dict={evaluator.task: prepared.task}, bootstrap_iters=0, limit=evaluator.limit
-        )
+        output = evaluate(lm=theirs, task_dict={OWN: task}, bootstrap_iters=0, limit=evaluator.limit)
     elapsed = time.perf_counter() - again
-    samples = sorted(output["samples"][evaluator.task], key=lambda sample: sample["doc_id"])
+    samples = sorted(output["samples"][OWN], key=lambda sample: sample["doc_id"])
     choices = [[float(response[0][0]) for response in sample["resps"]] for sample in samples]
     return TaskResult(
         task=evaluator.label,
         items=len(result.documents),
         accuracy=next(metric.value for metric in result.metrics if metric.metric == "acc"),
-        accuracy_lm_eval=output["results"][evaluator.task]["acc,none"],
+        accuracy_lm_eval=output["results"][OWN]["acc,none"],
         same_answer=sum(
             document.answer == str(int(np.argmax(values)))
             for document, values in zip(result.documents, choices, strict=True)
@@ -141,6 +147,34 @@ def compare(session: Session, evaluator: Tasks, batch_size: int) -> TaskResult:
         seconds=done - prepared_at,
         seconds_lm_eval=elapsed,
     )
+
+
+def lm_evals_own(leaf: Leaf, source: Source) -> Any:
+    """lm-eval's task object of a registered task, built by lm-eval, reading the files that our source reads."""
+    changes: dict[str, Any] = {"include": str(Path(leaf.path).resolve()), "task": OWN}
+    if source.pack is not None:
+        files = source.pack.splits
+        reader = "parquet" if source.pack.file(source.evaluated).suffix == ".parquet" else "json"
+        changes |= {"dataset_path": reader, "dataset_name": None, "dataset_kwargs": {"data_files": _paths(source)}}
+        # A split that the pack lacks would be asked for.
+        changes |= {key: None for key in SPLIT_KEYS if leaf.config.get(key) and leaf.config[key] not in files}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{OWN}.yaml"
+        path.write_text(yaml.safe_dump(changes))
+        return _manager().load([str(path)])["tasks"][OWN]
+
+
+@functools.cache
+def _manager() -> Any:
+    """Made once: it reads the names of lm-eval's 14,000 files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _paths(source: Source) -> dict[str, str]:
+    assert source.pack is not None
+    return {split: str(source.pack.file(split)) for split in source.pack.splits}
 
 
 def _distance(ours: Sequence[float], theirs: Sequence[float]) -> float:
