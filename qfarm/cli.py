@@ -391,6 +391,9 @@ def bench_methods(style: str, methods: str | None, **settings: Any) -> None:
 )
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option("--batch", "batch_size", type=click.IntRange(1), default=16, show_default=True, help="lm-eval's.")
+@click.option(
+    "--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True, help="cpu: all threads."
+)
 @DATA
 @click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
 def bench_tasks(style: str, tasks: str, data: str | None, **settings: Any) -> None:

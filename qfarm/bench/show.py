@@ -84,7 +84,7 @@ def render_tasks(report: tasks.Report, width: int, color: bool = False) -> str:
             f"{result.ratio:.2f}",
         )
     settings = report.settings
-    what = f"{settings.model}: {settings.dtype}, lm-eval in batches of {settings.batch_size}"
+    what = f"{settings.model}: {settings.dtype}, lm-eval in batches of {settings.batch_size}, {settings.clock} seconds"
     return terminal_text(
         [Text(what), Text(_where(report.machine) + "\n"), table, Text("\n" + TASK_LEGEND)], width, color
     )
