@@ -23,8 +23,8 @@ relative error of up to 2^-9 (bfloat16) or 2^-12 (float16) per channel, and, whe
 layer (v, up), of its row scales divided by s, of the same size; codes of the producer do not change, since a factor
 per row moves neither its grid nor its best bound.
 
-Inputs must come from the unquantized model, as in the reference: `statistics: independent`. With
-`statistics: sequential` they come from the quantized prefix, which is another method than the published one.
+Inputs come from the unquantized model, as in the reference, whatever the job's `statistics`: an AWQ cell is always one
+of independent statistics, and a term on top of it (`awq+qera`) reads the same inputs.
 
 Differences from mit-han-lab/llm-awq: M is run on 32 windows (`samples`), which are as many tokens at length 2048 as the
 reference's 128 blocks of 512. H and the clip search use all tokens instead of 512. Ranges always contain zero.
@@ -91,6 +91,10 @@ class AWQ(BlockSolver):
     @property
     def whole_blocks(self) -> bool:
         return self.objective == "module"
+
+    @property
+    def original_inputs(self) -> bool:
+        return True
 
     def quantize_block(self, problem: BlockProblem) -> dict[str, QuantizedWeight]:
         done: dict[str, QuantizedWeight] = {}

@@ -242,10 +242,9 @@ def _statistics(file: JobFile, recipe: Recipe) -> str | None:
     from qfarm.recipe import solves_blocks
 
     solver = recipe.solver
-    if not solves_blocks(solver):
-        # What transforms and quantizers of activations learn comes before any weight is rounded.
-        return file.statistics if recipe.input_statistics else None
-    return "independent" if solver.original_inputs else file.statistics
+    if not recipe.input_statistics and not solves_blocks(solver):
+        return None  # what transforms and quantizers of activations learn comes before any weight is rounded
+    return "independent" if solver and solver.original_inputs else file.statistics
 
 
 def _rounded(recipe: Recipe, scheme: Scheme) -> dict[str, int]:

@@ -151,6 +151,11 @@ class WeightSolver(Method):
         """True: inside a block, layers see inputs that earlier layers of the block have already quantized."""
         return False
 
+    @property
+    def original_inputs(self) -> bool:
+        """True: it always learns from the original model's inputs, as with `statistics: independent`."""
+        return False
+
     def quantize_linear(self, weight: torch.Tensor, inputs: InputStatistics | None, grid: Grid) -> QuantizedWeight:
         """Quantize weight [out, in], float32. `inputs` is None when `statistics()` is empty."""
         raise NotImplementedError
@@ -167,11 +172,6 @@ class BlockSolver(WeightSolver):
     @property
     def needs_text(self) -> bool:
         return True
-
-    @property
-    def original_inputs(self) -> bool:
-        """True: blocks are always handed the original model's inputs, as with `statistics: independent`."""
-        return False
 
     def quantize_block(self, problem: BlockProblem) -> dict[str, QuantizedWeight]:
         """A quantized weight for each role of `problem.linears`."""
