@@ -87,6 +87,11 @@ class Method:
         return frozenset()
 
     @property
+    def cell_version(self) -> int:
+        """The version of what these options compute; more than `version` where a fix changed their results alone."""
+        return self.version
+
+    @property
     def needs_text(self) -> bool:
         """True if calibration text is read; then calibration and seed enter the cell's identity."""
         return bool(self.statistics())
@@ -322,15 +327,15 @@ class Recipe:
 
     def specs(self) -> list[dict[str, Any]]:
         """Plain data from which `from_specs` rebuilds the recipe in another process."""
-        return [{"name": m.name, "version": m.version, "options": m.identity()} for m in self.methods]
+        return [{"name": m.name, "version": m.cell_version, "options": m.identity()} for m in self.methods]
 
     @staticmethod
     def from_specs(specs: Sequence[Mapping[str, Any]]) -> Recipe:
         """Raises InvalidInput when this code's version of a method is not the one that was planned."""
         methods = tuple(build_method(spec["name"], spec["options"]) for spec in specs)
         for method, spec in zip(methods, specs, strict=True):
-            if method.version != spec["version"]:
-                raise InvalidInput(f"{method.name}: version {method.version} here, {spec['version']} in the plan")
+            if method.cell_version != spec["version"]:
+                raise InvalidInput(f"{method.name}: version {method.cell_version} here, {spec['version']} in the plan")
         return Recipe(methods)
 
 
