@@ -341,21 +341,35 @@ class Recipe:
 
 def method_names() -> list[str]:
     """Names of all methods: files of `methods/` and entry points. Imports nothing."""
+    return sorted(_modules())
+
+
+def _modules() -> dict[str, list[str]]:
+    """The modules that offer each method: one, unless packages clash."""
     import qfarm.methods
 
-    own = [info.name for info in pkgutil.iter_modules(qfarm.methods.__path__)]
-    foreign = [point.name for point in importlib.metadata.entry_points(group="qfarm.methods")]
-    return sorted({*own, *foreign})
+    own = [(info.name, f"qfarm.methods.{info.name}") for info in pkgutil.iter_modules(qfarm.methods.__path__)]
+    points = importlib.metadata.entry_points(group="qfarm.methods")
+    found: dict[str, dict[str, None]] = {}
+    for name, module in (*own, *((point.name, point.module) for point in points)):
+        found.setdefault(name, {})[module] = None  # a package that is found twice offers it once
+    return {name: list(modules) for name, modules in found.items()}
 
 
 def lookup(name: str) -> type[Method]:
-    """The method class of that name. Raises InvalidInput with the nearest valid name."""
-    if name not in method_names():
-        raise InvalidInput(f'unknown method "{name}"{nearest(name, method_names())}')
-    points = {point.name: point for point in importlib.metadata.entry_points(group="qfarm.methods")}
-    module: ModuleType = points[name].load() if name in points else importlib.import_module(f"qfarm.methods.{name}")
-    if module.__name__.rpartition(".")[2] != name:  # a method knows its name from its module
-        raise InvalidInput(f'method "{name}" comes from {points[name].value}, whose last part is another name')
+    """The method class of that name. Raises InvalidInput for a name that nothing offers, or more than one package."""
+    modules = _modules()
+    if name not in modules:
+        raise InvalidInput(f'unknown method "{name}"{nearest(name, sorted(modules))}')
+    source, *others = modules[name]
+    if others:
+        raise InvalidInput(
+            f'method "{name}" is offered by {" and ".join(modules[name])}; '
+            "a name has one method: rename the entry point of the other package and its module, or uninstall it"
+        )
+    if source.rpartition(".")[2] != name:  # a method knows its name from its module
+        raise InvalidInput(f'method "{name}" comes from {source}, whose last part is another name')
+    module: ModuleType = importlib.import_module(source)
     found: type[Method] = module.METHOD
     return found
 
