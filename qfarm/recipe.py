@@ -151,6 +151,10 @@ class WeightSolver(Method):
         """Whether its weights are symmetric where the job asks for that or not; some methods do not read its key."""
         return asked
 
+    def layer_refusal(self, rows: int, columns: int, bits: int, group_size: int, scale_bytes: int) -> str | None:
+        """The rule that forbids a layer of that shape, or None. `scale_bytes` is what a stored scale takes."""
+        return None
+
     @property
     def true_sequential(self) -> bool:
         """True: inside a block, layers see inputs that earlier layers of the block have already quantized."""

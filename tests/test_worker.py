@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from qfarm.errors import Failure, InvalidInput, StoreFull
+from qfarm import cli
+from qfarm.errors import Failure, InvalidInput, NonFinite, StoreFull
 from qfarm.job import Job, parse_job
 from qfarm.models.load import LoadedModel
 from qfarm.plan import Outcome, Plan, Task, make_plan, shares
 from qfarm.recipe import parse_recipe
+from qfarm.solver import Factor, factorise
 from qfarm.store import Store
 from qfarm.worker import Session, run_cell
 
@@ -124,6 +126,26 @@ def test_sharing_statistics_changes_no_row(tiny: Path, tmp_path: Path, monkeypat
     assert any("statistics not kept for other cells" in row["notes"] for row in poor.table("attempts"))
     ids = {row["cell_id"] for row in poor.table("layers")}
     assert poor.table("layers") == [row for row in alone.table("layers") if row["cell_id"] in ids]
+
+
+def test_layers_that_another_solver_made_are_told_in_the_report(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(hessian: torch.Tensor, *options: Any) -> Factor:
+        if len(hessian) == 128:  # of down
+            raise NonFinite("not factored")
+        return factorise(hessian, *options)
+
+    monkeypatch.setattr("qfarm.methods.gptq.factorise", fail)
+    labels = [planned.cell.label for planned in farm.plan().cells]
+    for label in ("baseline w16", "rtn w3 g16", "gptq w3 g16"):
+        assert farm.run(labels.index(label)).failure is None
+    notes = {row["label"]: json.loads(row["notes"]) for row in farm.table("attempts")}
+    told = "2 of 14 layers by rtn, not gptq: the Hessian could not be factored, or the result was not finite"
+    assert notes["gptq w3 g16"] == [told] and notes["rtn w3 g16"] == notes["baseline w16"] == []
+    with pytest.raises(SystemExit):
+        cli.main(["report", farm.store.location])
+    assert f"gptq w3: {told}" in " ".join(capsys.readouterr().out.split())
 
 
 FOREIGN = """
