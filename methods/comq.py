@@ -31,12 +31,13 @@ figures stand in every layer's notes; `on_worse: retry` tries these two where CO
 
 Stored: codes, scales, zeros (asymmetric).
 
-Differences from AozhongZhang/COMQ: four sweeps, not one (one is worse than GPTQ); the scale update of the paper,
-which the code lacks; a grid that always holds zero, where the code's may start at min(w) > 0; groups, and with them a
-scale update that visits one group after another; scales rounded to their storage dtype, which keeps every update
-monotone, since the nearest stored scale to the optimum is at least as good as the old one; H from the walker, which in
-sequential mode has seen the quantized prefix, where the code uses the original model. The paper's one-scale-per-layer
-version and the code's training of normalisation layers on labels are not offered.
+Differences from AozhongZhang/COMQ: four sweeps, not one (one is worse than GPTQ); the scale update of the paper, which
+the code lacks; a grid that always holds zero, where the code's may start at min(w) > 0; groups, and with them a scale
+update that visits one group after another; scales rounded to their storage dtype, which keeps every update monotone,
+since the nearest stored scale to the optimum is at least as good as the old one; H from the walker, which in
+sequential mode has seen the quantized prefix, where the code uses the original model. Not offered are the paper's one
+scale per layer, a grid coarser than any other here (the widest group of a scheme is a row), and the code's training of
+normalisation layers on labels.
 """
 
 from __future__ import annotations

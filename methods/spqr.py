@@ -36,6 +36,7 @@ Differences from github.com/Vahe1994/SpQR:
 - The spearman chain takes the nearest column that is left; it starts at column 0 as the reference does.
 - Defaults are those of the repository's README (3-bit statistics, threshold 0.2, act_order, damping 1), not the code's.
 - A layer whose Hessian cannot be factored is rounded to nearest and says so.
+- Second-level statistics have 8 bits at most; at 16, where they would change nothing, one level is fewer bytes.
 - Not here: symmetric grids, reserved_bins, a user's permutation, and the published kernel's 64-bit words.
 """
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qfarm import cli
 from qfarm.job import load_job
@@ -18,9 +23,11 @@ from qfarm.plan import make_plan
 from qfarm.recipe import WeightSolver, lookup, method_names
 from qfarm.store import Store
 from tests.conftest import save_tiny
-from tests.contract import FAST
+from tests.contract import FAST, allowed, recipe_of, run, widths
 from tests.job_example import FACTS
+from tests.test_models import loaded
 
+ROOT = Path(__file__).parents[1]
 SOLVERS = [name for name in method_names() if issubclass(lookup(name), WeightSolver)]
 OPTIONS = FAST | {"autoround": {"iterations": 1, "batch": 1}, "awq": {"samples": 1}, "ptq161": {"epochs": 0}}
 JOB = """
@@ -95,7 +102,7 @@ def test_one_matrix_of_every_solver_in_every_composition(folder: Path) -> None:
 
 
 def test_the_job_of_a_real_model_holds_them_all_and_gptq_in_natural_order() -> None:
-    job = load_job(Path(__file__).parents[1] / "jobs" / "weight_only.yaml")
+    job = load_job(ROOT / "jobs" / "weight_only.yaml")
     cells = expand(job, lambda reference: dataclasses.replace(FACTS, reference=reference), str).cells
     others = {"llm_int8", "zeroquant", "qrazor"}  # of weights and activations: jobs/weight_activation.yaml
     assert {name for cell in cells for name in cell.recipe.split("+")} >= {*SOLVERS, "qera"} - others
@@ -105,3 +112,32 @@ def test_the_job_of_a_real_model_holds_them_all_and_gptq_in_natural_order() -> N
         (spec,) = cell.methods
         assert spec["options"]["on_worse"] == "report"
         assert spec["options"]["act_order"] is spec["options"]["group_aware"] is False
+
+
+def digests(model: str, threads: int) -> dict[str, str]:
+    """By weight method: a hash of all packed tensors that it makes of a model."""
+    torch.set_num_threads(threads)
+    found = {}
+    for name in sorted({*SOLVERS, "qera"}):
+        recipe = recipe_of(name)
+        made = run(loaded(Path(model)), recipe, widths(recipe).start, allowed(recipe)[0], seed=3)
+        digest = hashlib.sha256()
+        for key in sorted(made.quantized):
+            for part, tensor in sorted(made.quantized[key].packed().items()):
+                digest.update(f"{key} {part} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found[name] = digest.hexdigest()
+    return found
+
+
+@pytest.mark.slow
+def test_a_fresh_process_makes_the_same_bits(tiny: Path) -> None:
+    """As a worker that was restarted: other addresses, another hash seed, nothing left of what ran before."""
+    threads = torch.get_num_threads()
+    here = digests(str(tiny), threads)
+    code = f"import json, tests.test_weight_only as t; print(json.dumps(t.digests({str(tiny)!r}, {threads})))"
+    environ = os.environ | {"PYTHONHASHSEED": "1234"}
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout) == here
+    assert len(set(here.values())) == len(here) > 13
