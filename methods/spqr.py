@@ -492,7 +492,7 @@ def within_budget(weight: Tensor, factor: Factor, grid: Grid, options: SpQR) -> 
         low, high = high, high * BUDGET_FACTOR
         result, bits = at(high)
     if bits > budget:
-        raise InvalidInput(f"spqr: {_over_budget(budget, *weight.shape, bits)}")
+        raise InvalidInput(f"spqr: {_over_budget(budget, weight.shape[0], weight.shape[1], bits)}")
     while low == high > BUDGET_RANGE[0] and budget - bits > BUDGET_SLACK:  # no threshold over the budget is known yet
         other, other_bits = at(low / BUDGET_FACTOR)
         low = low / BUDGET_FACTOR
