@@ -34,6 +34,8 @@ Differences from the reference code:
   qfarm's default where upstream's is symmetric.
 - `keep: validation` chooses by a fixed batch, and `skip_first` leaves each window's first token out of the loss (it
   may be a massive activation that dominates the error); upstream has neither, both are off by default.
+- No incoherence transform (random orthogonal factors on both sides of a weight before it is rounded, QuIP): that is no
+  part of SignRound but a change of the model, which any solver could follow.
 - iterations: 0 is RTN on this grid. Upstream's scale search for that case, gradient accumulation, bias tuning and
   SignRoundV2 (arXiv 2512.04746) are left out.
 

@@ -23,17 +23,18 @@ relative error of up to 2^-9 (bfloat16) or 2^-12 (float16) per channel, and, whe
 layer (v, up), of its row scales divided by s, of the same size; codes of the producer do not change, since a factor
 per row moves neither its grid nor its best bound.
 
-Inputs must come from the unquantized model, as in the reference: `statistics: independent`. With
-`statistics: sequential` they come from the quantized prefix, which is another method than the published one.
+Inputs come from the unquantized model, as in the reference, whatever the job's `statistics`: an AWQ cell is always one
+of independent statistics, and a term on top of it (`awq+qera`) reads the same inputs.
 
-Differences from mit-han-lab/llm-awq: M is run on 32 windows (`samples`), which are as many tokens at length 2048 as the
-reference's 128 blocks of 512. H and the clip search use all tokens instead of 512. Ranges always contain zero.
-Symmetric grids leave out the code -2^(b-1), which the reference never reaches. Inputs that never fire get the
-smallest s of the others; activations are floored at 1e-8 of the largest, instead of a^r at 1e-4, so that the scale of x
-has no influence. With duo_scaling (AutoAWQ) s = 1 is one more candidate, so that no layer loses to unscaled rounding.
-Scales are rounded to their storage dtype before weights. Layers that share an input but not their grid (other widths)
-are solved apart and keep s = 1: one norm cannot absorb two factors. An activation that is not positively homogeneous
-(GELU before fc2) is not wrapped in a division; `unfoldable: store` is that wrapper.
+Differences from mit-han-lab/llm-awq: M is run on 32 windows (`samples`), which are as many tokens at length 2048 as
+the reference's 128 blocks of 512. H and the clip search use all tokens instead of 512. Ranges always contain zero.
+Symmetric grids leave out the code -2^(b-1), which the reference never reaches. Inputs that never fire get the smallest
+s of the others; activations are floored at 1e-8 of the largest, instead of a^r at 1e-4, so that the scale of x has no
+influence. With duo_scaling (AutoAWQ) s = 1 is one more candidate, so that no layer loses to unscaled rounding. Scales
+are rounded to their storage dtype before weights. Layers that share an input but not their grid (other widths) are
+solved apart and keep s = 1: one norm cannot absorb two factors. An activation that is not positively homogeneous (GELU
+before fc2) is not wrapped in a division; `unfoldable: store` is that wrapper. Norms that multiply by 1 + w occur in no
+architecture that qfarm loads; as no norm is touched, only a deployed model would have to treat them apart.
 """
 
 from __future__ import annotations
@@ -91,6 +92,10 @@ class AWQ(BlockSolver):
     @property
     def whole_blocks(self) -> bool:
         return self.objective == "module"
+
+    @property
+    def original_inputs(self) -> bool:
+        return True
 
     def quantize_block(self, problem: BlockProblem) -> dict[str, QuantizedWeight]:
         done: dict[str, QuantizedWeight] = {}

@@ -31,12 +31,12 @@ figures stand in every layer's notes; `on_worse: retry` tries these two where CO
 
 Stored: codes, scales, zeros (asymmetric).
 
-Differences from AozhongZhang/COMQ: four sweeps, not one (one is worse than GPTQ); the scale update of the paper,
-which the code lacks; a grid that always holds zero, where the code's may start at min(w) > 0; groups, and with them a
-scale update that visits one group after another; scales rounded to their storage dtype, which keeps every update
-monotone, since the nearest stored scale to the optimum is at least as good as the old one; H from the walker, which in
-sequential mode has seen the quantized prefix, where the code uses the original model. The paper's one-scale-per-layer
-version and the code's training of normalisation layers on labels are not offered.
+Differences from AozhongZhang/COMQ: four sweeps, not one (one is worse than GPTQ); the scale update of the paper, which
+the code lacks; a grid that always holds zero, where the code's may start at min(w) > 0; groups, and with them a scale
+update that visits one group after another; scales rounded to their storage dtype, which keeps every update monotone,
+since the nearest stored scale to the optimum is at least as good as the old one; H from the walker, which in
+sequential mode has seen the quantized prefix, where the code uses the original model. `layer_scale` is the paper's
+version with one scale per layer. The code's training of normalisation layers on labels is not offered.
 """
 
 from __future__ import annotations
@@ -64,11 +64,13 @@ DAMPING, INCREMENT = 0.01, 0.01  # of the GPTQ start, its defaults
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class COMQ(WeightSolver):
     source = "Zhang et al., arXiv 2403.07134; code AozhongZhang/COMQ"
+    later = frozenset({"layer_scale"})
 
     sweeps: int = Field(4, ge=1, le=100, description="visits of every column (iters); ends early once nothing changes")
     start: Literal["weights", "gptq"] = Field("weights", description="where the descent starts")
     order: Literal["energy", "natural", "greedy"] = Field("energy", description="order in which columns are visited")
     scale_update: bool = Field(True, description="move scales to their optimum after each sweep")
+    layer_scale: bool = Field(False, description="one scale and zero for the whole layer instead of one per row")
     shrink: float = Field(1.0, gt=0, le=1, description="factor on the first scale (lambda); published: 0.65 at 2 bits")
     token_norm: bool = Field(False, description="scale tokens down to 4x the median norm before they enter H")
     on_worse: Literal["report", "retry", "rtn"] = Field(
@@ -79,7 +81,13 @@ class COMQ(WeightSolver):
     def refusal(self, group_size: int, symmetric: bool) -> str | None:
         if self.start == "gptq" and self.order == "greedy":
             return "start gptq needs one order for all rows: energy or natural"
+        if self.layer_scale and group_size != -1:
+            return f"layer_scale is one scale for the whole layer, not for groups of {group_size}; use group size -1"
         return None
+
+    @property
+    def stackable(self) -> bool:
+        return not self.layer_scale
 
     def statistics(self) -> frozenset[Statistic]:
         wanted = {Statistic.SAMPLE, Statistic.NORMALISED_HESSIAN if self.token_norm else Statistic.HESSIAN}
@@ -120,7 +128,7 @@ def comq(weight: Tensor, hessian: Tensor, grid: Grid, options: COMQ) -> UniformW
     """Quantize weight [rows, n] for the second moment H [n, n]. Raises NonFinite."""
     if not bool(torch.isfinite(hessian).all()):
         raise NonFinite("the calibration inputs hold NaN or Inf")
-    descent = Descent(weight, hessian, grid, options.shrink)
+    descent = Descent(weight, hessian, grid, options.shrink, options.layer_scale)
     energy = hessian.diagonal()
     natural = torch.arange(len(energy), device=energy.device)
     order = natural if options.order == "natural" else torch.argsort(energy, descending=True, stable=True)
@@ -148,11 +156,16 @@ def comq(weight: Tensor, hessian: Tensor, grid: Grid, options: COMQ) -> UniformW
 class Descent:
     """Codes, scales and values of one matrix on their way down. Columns are the first axis, so each is contiguous."""
 
-    def __init__(self, weight: Tensor, hessian: Tensor, grid: Grid, shrink: float = 1.0) -> None:
+    def __init__(
+        self, weight: Tensor, hessian: Tensor, grid: Grid, shrink: float = 1.0, layer_scale: bool = False
+    ) -> None:
         rows, n = weight.shape
-        self.grid, self.size = grid, n // grid.groups(n)
+        self.grid, self.size, self.layer_scale = grid, n // grid.groups(n), layer_scale
         self.weight, self.hessian = weight.float().T.contiguous(), hessian.float()  # [n, rows], [n, n]
-        scale, zero = grid.fit(weight.float().reshape(rows, -1, self.size))
+        if layer_scale:
+            scale, zero = (t.expand(rows, 1) for t in grid.fit(weight.float().reshape(1, 1, -1)))
+        else:
+            scale, zero = grid.fit(weight.float().reshape(rows, -1, self.size))
         self.scale, self.zero = grid.store(scale * shrink).T.contiguous(), zero.T.contiguous()  # [groups, rows]
         self.codes = torch.full_like(self.weight, -1)  # [n, rows]; -1 before the first visit
         self.values = self.weight.clone()  # Q^T [n, rows]
@@ -231,8 +244,11 @@ class Descent:
             part = slice(index * self.size, (index + 1) * self.size)
             steps = self.codes[part] - self.zero[index]  # c [g, rows]
             pull = self.hessian[part] @ (self.weight - self.values)
+            gain = (steps * pull).sum(0)  # c H (w - q) [rows]
             curvature = (steps * (self.hessian[part, part] @ steps)).sum(0)  # c H c [rows]
-            best = self.scale[index] + (steps * pull).sum(0) / torch.where(curvature > 0, curvature, 1.0)
+            if self.layer_scale:
+                gain, curvature = (t.sum().expand_as(t) for t in (gain, curvature))
+            best = self.scale[index] + gain / torch.where(curvature > 0, curvature, 1.0)
             self.scale[index] = self._storable(best, self.scale[index], curvature > 0)
             self.values[part] = steps * self.scale[index]
 
@@ -246,4 +262,6 @@ class Descent:
         if not bool(torch.isfinite(self.values).all()):
             raise NonFinite("COMQ produced NaN or Inf")
         codes, scale, zero = (t.T.contiguous() for t in (self.codes, self.scale, self.zero))
+        if self.layer_scale:
+            scale, zero = scale[:1], zero[:1]
         return UniformWeight.build(self.grid, codes, scale, zero, "comq")

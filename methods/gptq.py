@@ -58,7 +58,9 @@ class GPTQ(WeightSolver):
     group_aware: bool | None = Field(
         None, description="order inside and between groups; default: grouped, no act_order"
     )
-    static_groups: bool = Field(False, description="fit every group's grid on the untouched weights")
+    static_groups: bool = Field(
+        False, description="fit every group's grid on the untouched weights, those of dead inputs as zeros"
+    )
     stale_block: int | None = Field(
         None, ge=2, description="fit grids on weights as its block of that many columns found them; published code: 128"
     )
@@ -71,6 +73,10 @@ class GPTQ(WeightSolver):
     on_worse: Literal["report", "retry", "rtn"] = Field(
         "report", description="when RTN has the smaller error on ordinary tokens: say so, try other orders, or use RTN"
     )
+
+    @property
+    def cell_version(self) -> int:
+        return self.version + self.static_groups  # whose grids once included the weights of dead inputs
 
     def resolve(self, group_size: int) -> Self:
         grouped = group_size != -1
@@ -185,8 +191,9 @@ def gptq(weight: Tensor, factor: Factor, grid: Grid, options: GPTQ, **loop: Any)
     n = weight.shape[1]
     size = n if grid.group_size == -1 else grid.group_size
     static = options.static_groups or grid.group_size == -1
-    # Fixed grids are fitted before dead columns are zeroed, as the reference does. 2 x [groups, rows]
-    fixed = [t.T for t in grid.fit(weight.float().reshape(len(weight), n // size, size))] if static else []
+    # As in the reference, a row's grid is fitted before dead columns are zeroed, those of groups after it.
+    seen = weight.float() if size == n else weight.float().masked_fill(factor.dead, 0.0)
+    fixed = [t.T for t in grid.fit(seen.reshape(len(weight), n // size, size))] if static else []  # 2 x [groups, rows]
     order = factor.order
     columns = weight.float().T.contiguous().index_select(0, order)  # [n, rows]: gathering rows is cheap
     columns[factor.dead[order]] = 0.0

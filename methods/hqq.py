@@ -17,12 +17,13 @@ rows as groups are worse than RTN in public tables: use groups of at most 128.
 
 Stored: codes, scale and zero of each group, both in the scale dtype: b + 32 / g bits per weight.
 
-Differences from the reference code: groups are consecutive inputs of one row (axis = 1) and must divide it; there is
-no axis 0 and no per-tensor grid, and no width of 1.58 bits. Arithmetic is float32 on every device (float16 on GPUs
-there). Scales and, in each iteration, zeros are rounded to their storage dtype before codes are computed. round_zero
-leaves flat groups alone, whose value it would destroy. `keep: best` and `kappa` are what its second solver (v2) adds,
-group by group rather than tensor by tensor; its search over scales, the gradient solver and 8-bit scales and zeros
-are left out.
+Differences from the reference code: groups are consecutive inputs of one row (axis = 1) and must divide it; there is no
+axis 0, whose groups run over output rows and fit no packed format here, no per-tensor grid, and no width of 1.58 bits.
+3-bit codes are a bit stream as at every width, where the reference pads ten of them to 32 bits. Arithmetic is float32
+on every device (float16 on GPUs there). Scales and, in each iteration, zeros are rounded to their storage dtype before
+codes are computed. round_zero leaves flat groups alone, whose value it would destroy. `keep: best` and `kappa` are what
+its second solver (v2) adds, group by group rather than tensor by tensor; its search over scales, the gradient solver
+and 8-bit scales and zeros are left out.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ saw too: in sequential mode the inputs that the quantized prefix makes.
 
 Stored: the base, left and right in `term_dtype`: 16 k (m + n) / (m n) bits per weight beyond the base.
 
-Differences from ChengZhang-98/QERA: the base quantizer is the recipe's, not MXINT; R is accumulated in float32 (the
+Differences from ChengZhang-98/QERA: the base quantizer is the recipe's, not MXINT, whose blocks of 32 share an 8-bit
+exponent: that is a format of its own, for which qfarm has no grid and no packed form; R is accumulated in float32 (the
 form above does not amplify its small eigenvalues), everything after it runs in float64; lqer takes the mean of |x|
 over all tokens, not the largest of the samples' means; the singular values stay on the right factor. LoftQ's
 alternation of quantizer and SVD is not offered: the solver has finished when a wrapper is called.

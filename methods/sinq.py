@@ -23,13 +23,14 @@ b + 32 / g + 16 / rows bits per weight, 16 / g instead of 32 / g for symmetric o
 
 Differences from huawei-csl/SINQ: s1 and s2 are rounded to their storage dtype before the grid is fitted and weights
 are rounded, so mu2 matters only through mu1 and the smallest range. mu1 is divided by a power of two near its
-geometric mean, which moves into s1: s1 then stays in float16's normal range. Constant rows and columns are left out
-of t and of the imbalance, and keep factor 1. z is not clamped, but where it would exceed the integers that the
-storage dtype holds exactly, the range is widened to contain zero. Symmetric grids (there: noz) use
-amax / (2^(b-1) - 1) and all their codes; the reference reaches only 13 of 16. A group that does not divide the columns
-is refused rather than halved. `prescale` is ours: without it a tile of standard deviations below 1e-3 looks flat. For
-A-SINQ, factors w with a largest of 1e4 times the smallest and the tokens of the L1 error are ours. Left out:
-square tiles, NF4 levels, HQQ zeros, 8-bit scales and zeros (quantAux), and factors folded into the model (pre-SINQ).
+geometric mean, which moves into s1: s1 then stays in float16's normal range. Constant rows and columns are left out of
+t and of the imbalance, and keep factor 1. z is not clamped, but where it would exceed the integers that the storage
+dtype holds exactly, the range is widened to contain zero. Symmetric grids (there: noz) use amax / (2^(b-1) - 1) and
+all their codes; the reference reaches only 13 of 16. A group that does not divide the columns is refused rather than
+halved. `prescale` is ours: without it a tile of standard deviations below 1e-3 looks flat. For A-SINQ, factors w with
+a largest of 1e4 times the smallest and the tokens of the L1 error are ours. Left out: square tiles, NF4 levels, HQQ
+zeros, 8-bit scales and zeros (quantAux), and pre-SINQ, whose factors go into norms and neighbouring layers: that is a
+transform of the model, where this file rounds one layer at a time.
 """
 
 from __future__ import annotations

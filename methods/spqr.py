@@ -36,6 +36,7 @@ Differences from github.com/Vahe1994/SpQR:
 - The spearman chain takes the nearest column that is left; it starts at column 0 as the reference does.
 - Defaults are those of the repository's README (3-bit statistics, threshold 0.2, act_order, damping 1), not the code's.
 - A layer whose Hessian cannot be factored is rounded to nearest and says so.
+- Second-level statistics have 8 bits at most; at 16, where they would change nothing, one level is fewer bytes.
 - Not here: symmetric grids, reserved_bins, a user's permutation, and the published kernel's 64-bit words.
 """
 
@@ -105,6 +106,12 @@ class SpQR(WeightSolver):
         if self.target_bits is not None and self.outlier_threshold != THRESHOLD:
             return "target_bits searches outlier_threshold; set one of them"
         return None
+
+    def layer_refusal(self, rows: int, columns: int, bits: int, group_size: int, scale_bytes: int) -> str | None:
+        if self.target_bits is None:
+            return None
+        least = 8 * least_bytes(rows, columns, bits, group_size, scale_bytes, self) / (rows * columns)
+        return _over_budget(self.target_bits, rows, columns, least) if least > self.target_bits else None
 
     def statistics(self) -> frozenset[Statistic]:
         return frozenset({Statistic.SAMPLE, Statistic.NORMALISED_HESSIAN if self.token_norm else Statistic.HESSIAN})
@@ -442,6 +449,29 @@ def spqr(weight: Tensor, factor: Factor, grid: Grid, options: SpQR) -> SpQRWeigh
     return result
 
 
+def least_bytes(rows: int, columns: int, bits: int, group_size: int, scale_bytes: int, options: SpQR) -> int:
+    """Stored bytes of a layer that has no outliers: what its shape and the options decide."""
+    groups = 1 if group_size == -1 else columns // group_size
+    runs = -(-rows // options.second_group)
+
+    def statistics(width: int | None, integers: bool) -> int:
+        if width is not None:
+            return 4 * packed_words(rows * groups, width) + 2 * runs * groups * scale_bytes
+        return 4 * packed_words(rows * groups, bits) if integers else rows * groups * scale_bytes
+
+    zeros = statistics(zero_bits(bits, options), options.round_zero)
+    total = 4 * rows * packed_words(columns, bits) + statistics(options.scale_bits, False) + zeros
+    starts = 0 if options.outlier_threshold is None else 4 * (rows + 1)
+    return total + starts + (0 if options.order == "identity" else 4 * columns)
+
+
+def _over_budget(budget: float, rows: int, columns: int, least: float) -> str:
+    return (
+        f"target_bits {budget:g} is less than a layer of {rows} x {columns} takes without outliers, {least:.3f}; "
+        "raise it or the group size, or lower the width"
+    )
+
+
 def within_budget(weight: Tensor, factor: Factor, grid: Grid, options: SpQR) -> SpQRWeight:
     """The solution with the most outliers that `target_bits` allows; its notes name the threshold.
 
@@ -462,10 +492,7 @@ def within_budget(weight: Tensor, factor: Factor, grid: Grid, options: SpQR) -> 
         low, high = high, high * BUDGET_FACTOR
         result, bits = at(high)
     if bits > budget:
-        raise InvalidInput(
-            f"spqr: target_bits {budget:g} is less than a layer of {weight.shape[0]} x {weight.shape[1]} takes without "
-            f"outliers, {bits:.3f}; raise it or the group size, or lower the width"
-        )
+        raise InvalidInput(f"spqr: {_over_budget(budget, weight.shape[0], weight.shape[1], bits)}")
     while low == high > BUDGET_RANGE[0] and budget - bits > BUDGET_SLACK:  # no threshold over the budget is known yet
         other, other_bits = at(low / BUDGET_FACTOR)
         low = low / BUDGET_FACTOR

@@ -91,7 +91,7 @@ class ZeroQuant(BlockSolver, ActivationMethod):
 
     @property
     def original_inputs(self) -> bool:
-        return True
+        return self.lkd
 
     @property
     def stackable(self) -> bool:

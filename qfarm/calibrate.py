@@ -2,7 +2,8 @@
 
 In sequential mode a block is run again after it was quantized, so that later blocks see what the quantized model
 really feeds them (GPTQ, section 3.8); in independent mode statistics come from the original model, one pass suffices,
-and cells can share it. A true-sequential solver also re-runs the block between groups of layers.
+and cells can share it. A true-sequential solver also re-runs the block between groups of layers; one that is defined on
+original inputs (AWQ) gets them in either mode.
 """
 
 from __future__ import annotations
@@ -98,8 +99,7 @@ class _Run:
         self.loaded, self.solver, self.wrappers, self.grid_of, self.seed = loaded, solver, wrappers, grid_of, seed
         self.wanted = solver.statistics().union(*(wrapper.statistics() for wrapper in wrappers))
         self.input_bits = input_bits
-        original_inputs = solves_blocks(solver) and solver.original_inputs
-        self.sequential = (sequential or solver.true_sequential) and not original_inputs
+        self.sequential = (sequential or solver.true_sequential) and not solver.original_inputs
         self.walk, self.original = None, None
         # A block solver walks the model itself, for its inputs and its targets.
         self.shared = shared if not self.sequential and not solves_blocks(solver) else None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qfarm.errors import InvalidInput, JobError
 from qfarm.job import Block, Calibration, Job, JobFile, Match
 from qfarm.layers.sites import RTN_VERSIONS, RTN_WIDTHS
-from qfarm.scheme import Scheme, parse_scheme
+from qfarm.scheme import UNTOUCHED, Scheme, parse_scheme
 
 if TYPE_CHECKING:
     from qfarm.models.reference import ModelFacts
@@ -152,7 +152,7 @@ def broken_rule(file: JobFile, facts: ModelFacts, recipe: Recipe, scheme: Scheme
     solver = recipe.solver
     if solver and solver.true_sequential and file.statistics == "independent":
         return f"{solver.name}: true-sequential sees quantized layers, which statistics: independent rules out"
-    return _broken_width(recipe, scheme) or _broken_weight_rule(facts, recipe, scheme, group_size)
+    return _broken_width(recipe, scheme) or _broken_weight_rule(file, facts, recipe, scheme, group_size)
 
 
 def _broken_width(recipe: Recipe, scheme: Scheme) -> str | None:
@@ -167,18 +167,25 @@ def _broken_width(recipe: Recipe, scheme: Scheme) -> str | None:
     return None
 
 
-def _broken_weight_rule(facts: ModelFacts, recipe: Recipe, scheme: Scheme, group_size: int) -> str | None:
+def _broken_weight_rule(
+    file: JobFile, facts: ModelFacts, recipe: Recipe, scheme: Scheme, group_size: int
+) -> str | None:
     solver = recipe.solver
     widths = solver.widths if solver else range(2, 9)
     for bits in scheme.weight_widths:
         if bits not in widths:
             name = solver.name if solver else "rtn"
             return f"{name} quantizes weights to {_spelled(widths)} bits, not {bits}"
-    if group_size == -1 or "weight" not in scheme.sites:
+    if "weight" not in scheme.sites:
         return None
-    for role, (_, inputs) in (facts.linear_shapes or {}).items():
-        if inputs % group_size:
+    scale_bytes = 4 if file.scale_dtype == "float32" else 2
+    for role, (rows, inputs) in (facts.linear_shapes or {}).items():
+        if group_size != -1 and inputs % group_size:
             return f"group size {group_size} does not divide the {inputs} inputs of {role}"
+        bits = scheme.weight_bits(role)
+        refused = solver and bits != UNTOUCHED and solver.layer_refusal(rows, inputs, bits, group_size, scale_bytes)
+        if solver and refused:
+            return f"{solver.name}: {role}: {refused}"
     return None
 
 
@@ -242,10 +249,9 @@ def _statistics(file: JobFile, recipe: Recipe) -> str | None:
     from qfarm.recipe import solves_blocks
 
     solver = recipe.solver
-    if not solves_blocks(solver):
-        # What transforms and quantizers of activations learn comes before any weight is rounded.
-        return file.statistics if recipe.input_statistics else None
-    return "independent" if solver.original_inputs else file.statistics
+    if not recipe.input_statistics and not solves_blocks(solver):
+        return None  # what transforms and quantizers of activations learn comes before any weight is rounded
+    return "independent" if solver and solver.original_inputs else file.statistics
 
 
 def _rounded(recipe: Recipe, scheme: Scheme) -> dict[str, int]:

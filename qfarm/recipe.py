@@ -87,6 +87,11 @@ class Method:
         return frozenset()
 
     @property
+    def cell_version(self) -> int:
+        """The version of what these options compute; more than `version` where a fix changed their results alone."""
+        return self.version
+
+    @property
     def needs_text(self) -> bool:
         """True if calibration text is read; then calibration and seed enter the cell's identity."""
         return bool(self.statistics())
@@ -146,9 +151,18 @@ class WeightSolver(Method):
         """Whether its weights are symmetric where the job asks for that or not; some methods do not read its key."""
         return asked
 
+    def layer_refusal(self, rows: int, columns: int, bits: int, group_size: int, scale_bytes: int) -> str | None:
+        """The rule that forbids a layer of that shape, or None. `scale_bytes` is what a stored scale takes."""
+        return None
+
     @property
     def true_sequential(self) -> bool:
         """True: inside a block, layers see inputs that earlier layers of the block have already quantized."""
+        return False
+
+    @property
+    def original_inputs(self) -> bool:
+        """True: it always learns from the original model's inputs, as with `statistics: independent`."""
         return False
 
     def quantize_linear(self, weight: torch.Tensor, inputs: InputStatistics | None, grid: Grid) -> QuantizedWeight:
@@ -167,11 +181,6 @@ class BlockSolver(WeightSolver):
     @property
     def needs_text(self) -> bool:
         return True
-
-    @property
-    def original_inputs(self) -> bool:
-        """True: blocks are always handed the original model's inputs, as with `statistics: independent`."""
-        return False
 
     def quantize_block(self, problem: BlockProblem) -> dict[str, QuantizedWeight]:
         """A quantized weight for each role of `problem.linears`."""
@@ -322,35 +331,49 @@ class Recipe:
 
     def specs(self) -> list[dict[str, Any]]:
         """Plain data from which `from_specs` rebuilds the recipe in another process."""
-        return [{"name": m.name, "version": m.version, "options": m.identity()} for m in self.methods]
+        return [{"name": m.name, "version": m.cell_version, "options": m.identity()} for m in self.methods]
 
     @staticmethod
     def from_specs(specs: Sequence[Mapping[str, Any]]) -> Recipe:
         """Raises InvalidInput when this code's version of a method is not the one that was planned."""
         methods = tuple(build_method(spec["name"], spec["options"]) for spec in specs)
         for method, spec in zip(methods, specs, strict=True):
-            if method.version != spec["version"]:
-                raise InvalidInput(f"{method.name}: version {method.version} here, {spec['version']} in the plan")
+            if method.cell_version != spec["version"]:
+                raise InvalidInput(f"{method.name}: version {method.cell_version} here, {spec['version']} in the plan")
         return Recipe(methods)
 
 
 def method_names() -> list[str]:
     """Names of all methods: files of `methods/` and entry points. Imports nothing."""
+    return sorted(_modules())
+
+
+def _modules() -> dict[str, list[str]]:
+    """The modules that offer each method: one, unless packages clash."""
     import qfarm.methods
 
-    own = [info.name for info in pkgutil.iter_modules(qfarm.methods.__path__)]
-    foreign = [point.name for point in importlib.metadata.entry_points(group="qfarm.methods")]
-    return sorted({*own, *foreign})
+    own = [(info.name, f"qfarm.methods.{info.name}") for info in pkgutil.iter_modules(qfarm.methods.__path__)]
+    points = importlib.metadata.entry_points(group="qfarm.methods")
+    found: dict[str, dict[str, None]] = {}
+    for name, module in (*own, *((point.name, point.module) for point in points)):
+        found.setdefault(name, {})[module] = None  # a package that is found twice offers it once
+    return {name: list(modules) for name, modules in found.items()}
 
 
 def lookup(name: str) -> type[Method]:
-    """The method class of that name. Raises InvalidInput with the nearest valid name."""
-    if name not in method_names():
-        raise InvalidInput(f'unknown method "{name}"{nearest(name, method_names())}')
-    points = {point.name: point for point in importlib.metadata.entry_points(group="qfarm.methods")}
-    module: ModuleType = points[name].load() if name in points else importlib.import_module(f"qfarm.methods.{name}")
-    if module.__name__.rpartition(".")[2] != name:  # a method knows its name from its module
-        raise InvalidInput(f'method "{name}" comes from {points[name].value}, whose last part is another name')
+    """The method class of that name. Raises InvalidInput for a name that nothing offers, or more than one package."""
+    modules = _modules()
+    if name not in modules:
+        raise InvalidInput(f'unknown method "{name}"{nearest(name, sorted(modules))}')
+    source, *others = modules[name]
+    if others:
+        raise InvalidInput(
+            f'method "{name}" is offered by {" and ".join(modules[name])}; '
+            "a name has one method: rename the entry point of the other package and its module, or uninstall it"
+        )
+    if source.rpartition(".")[2] != name:  # a method knows its name from its module
+        raise InvalidInput(f'method "{name}" comes from {source}, whose last part is another name')
+    module: ModuleType = importlib.import_module(source)
     found: type[Method] = module.METHOD
     return found
 

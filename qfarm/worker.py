@@ -8,6 +8,7 @@ import os
 import socket
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -359,11 +360,27 @@ def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> tup
         shared=session.shared_statistics(),
         input_bits=scheme.linear_in,
     )
+    for note in substitutes(solver.name, layers):
+        session.note(note)
     installed = install_sites(session.loaded, recipe, scheme, observed)
     session.causal = installed.causal is not False
     for note in installed.notes:
         session.note(note)
     return layers, installed
+
+
+def substitutes(name: str, layers: Sequence[LayerResult]) -> Iterator[str]:
+    """One line for each reason why layers were made by another solver than the cell's own."""
+    done = [layer for layer in layers if layer.solver is not None]
+    found: Counter[tuple[str, str]] = Counter()
+    for layer in done:
+        assert layer.solver is not None
+        own = layer.solver.partition("+")[0].partition(" ")[0]  # "gptq retry+qera" is gptq's
+        if own != name:
+            # What follows a colon are figures of the one layer.
+            found[own, str(layer.notes.get("reason", "as its options say")).partition(":")[0]] += 1
+    for (other, reason), count in found.items():
+        yield f"{count} of {len(done)} layers by {other}, not {name}: {reason}"
 
 
 def _transform(session: Session, recipe: Recipe) -> None:

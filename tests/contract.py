@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qfarm import calibrate
@@ -150,6 +154,26 @@ def run(
     made = Made(results, quantized, decoder_weights(model), logits(model))
     model.restore()
     return made
+
+
+def bytes_on_disk(made: Made) -> dict[tuple[int, str], int]:
+    """What each layer's packed tensors take in one safetensors file, as its header tells and the file's size proves."""
+    names = {f"{index}.{role}": (index, role) for index, role in made.quantized}
+    tensors = {
+        f"{name}.{part}": tensor.clone(memory_format=torch.contiguous_format)
+        for name, key in names.items()
+        for part, tensor in made.quantized[key].packed().items()
+    }
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        save_file(tensors, file.name)
+        content = Path(file.name).read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    parts = {name: part["data_offsets"] for name, part in json.loads(content[8:start]).items()}
+    assert set(parts) == set(tensors) and start + sum(stop - begin for begin, stop in parts.values()) == len(content)
+    return {
+        key: sum(stop - begin for part, (begin, stop) in parts.items() if part.startswith(f"{name}."))
+        for name, key in names.items()
+    }
 
 
 def decoder_weights(model: LoadedModel) -> dict[tuple[int, str], Tensor]:

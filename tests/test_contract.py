@@ -23,6 +23,7 @@ from tests.contract import (
     Made,
     allowed,
     break_in,
+    bytes_on_disk,
     decoder_weights,
     described,
     is_weight_method,
@@ -58,6 +59,13 @@ def rough(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     model = loaded(save_tiny(tmp_path_factory.mktemp("rough"), "llama", num_hidden_layers=1))
     break_in(model)
     return model
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """One block of 40 and 88 columns: neither is a whole number of packed words at most widths."""
+    sizes = {"hidden_size": 40, "intermediate_size": 88, "num_hidden_layers": 1}
+    return loaded(save_tiny(tmp_path_factory.mktemp("odd"), "llama", **sizes))
 
 
 # -- what it says of itself -------------------------------------------------------------------------------------------
@@ -112,11 +120,11 @@ def test_refusals_come_before_a_model_is_touched(name: str, weight_method: Recip
 
 
 def check_made(model: LoadedModel, made: Made, alone: frozenset[str] = frozenset()) -> None:
-    """Stored bytes are a recount of packed tensors, layer by layer; the model holds what is stored; nothing is NaN.
+    """Stored bytes are those of packed tensors on disk, layer by layer; the model holds what is stored; nothing is NaN.
 
     `alone` are the roles that the scheme leaves at 16 bits.
     """
-    before = decoder_weights(model)
+    before, on_disk = decoder_weights(model), bytes_on_disk(made)
     assert sorted((r.layer, r.role) for r in made.results) == sorted(before), "every layer is listed once"
     assert {result.role for result in made.results if result.solver is None} == alone
     assert torch.isfinite(made.logits).all()
@@ -126,8 +134,7 @@ def check_made(model: LoadedModel, made: Made, alone: frozenset[str] = frozenset
             assert result.reason and key not in made.quantized and torch.equal(made.weights[key], before[key])
             continue
         quantized = made.quantized[key]
-        recount = sum(t.numel() * t.element_size() for t in quantized.packed().values())
-        assert recount == quantized.stored_bytes() == result.stored_bytes, f"{key}: packed tensors take {recount} bytes"
+        assert on_disk[key] == quantized.stored_bytes() == result.stored_bytes, f"{key}: {on_disk[key]} bytes on disk"
         assert result.shape == quantized.shape == before[key].shape
         assert torch.equal(quantized.dequantize().to(before[key].dtype), made.weights[key])
         assert result.weight_error is not None and math.isfinite(result.weight_error)
@@ -145,6 +152,15 @@ def test_what_is_not_refused_runs(name: str, weight_method: Recipe, rough: Loade
     for context in allowed(weight_method):
         check_made(rough, run(rough, weight_method, widths(weight_method).start, context))
         assert unchanged(rough, before)
+
+
+@every_method
+def test_bytes_of_shapes_that_fill_no_words(name: str, weight_method: Recipe, odd: LoadedModel) -> None:
+    for context in ((8, False), (8, True), (-1, False), (-1, True)):
+        if any(method.refusal(*context) for method in weight_method.methods):
+            continue
+        for bits in sorted({widths(weight_method).start, widths(weight_method)[len(widths(weight_method)) // 3]}):
+            check_made(odd, run(odd, weight_method, bits, context))
 
 
 @every_method

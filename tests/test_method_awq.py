@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from qfarm.recipe import WeightSolver, solves_blocks
 from qfarm.walk import BlockProblem
 from tests.conftest import TINY, save_tiny
 from tests.contract import require_ties_at_most
+from tests.job_example import changed, matrix
 from tests.test_models import loaded
 
 FINE = {"scale_dtype": torch.float32}
@@ -318,16 +320,32 @@ WINDOWS = torch.randint(0, 256, (6, 40), generator=torch.manual_seed(0))
 IDS = torch.arange(60)[None]
 
 
-def quantize_model(model: LoadedModel, solver: WeightSolver, grid_of: Any = None, bits: int = 3) -> list[LayerResult]:
+def quantize_model(
+    model: LoadedModel, solver: WeightSolver, grid_of: Any = None, bits: int = 3, sequential: bool = False
+) -> list[LayerResult]:
     grid = Grid(bits=bits, group_size=16, **FINE)
     return quantize_weights(
         model,
         solver,
         grid_of or (lambda role: grid),
         WINDOWS,
-        sequential=False,
+        sequential=sequential,
         report=lambda done, total: None,
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": "gram"}])
+def test_inputs_are_the_original_models_in_every_job(tiny: Path, options: Any) -> None:
+    """Section 3: all inputs are taken from the unquantized model, which is what the cell then says of itself."""
+    independent, sequential = loaded(tiny), loaded(tiny)
+    rows = quantize_model(independent, AWQ(**options))
+    assert quantize_model(sequential, AWQ(**options), sequential=True) == rows
+    for one, other in zip(independent.model.parameters(), sequential.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    methods = json.dumps([{"awq": options}, {"awq+qera": {"awq": options}}, "gptq"])
+    one, other = (matrix(changed(methods=methods, statistics=mode)).cells[1:] for mode in ("independent", "sequential"))
+    assert [cell.statistics for cell in other] == ["independent", "independent", "sequential"]
+    assert [a.cell_id == b.cell_id for a, b in zip(one, other, strict=True)] == [True, True, False]
 
 
 @torch.no_grad()

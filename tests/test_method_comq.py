@@ -165,6 +165,34 @@ def test_scale_update_is_the_closed_form(symmetric: bool) -> None:
         assert loss(weight, factor * steps * descent.scale[0][:, None], hessian) > best
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_one_scale_for_the_layer(symmetric: bool) -> None:
+    """Section 7: with one row it is the scale of a row; with more, sum_r c H w / sum_r c H c and one grid is stored."""
+    weight, hessian, grid = random(6, 32, 11), correlated(32, 12), Grid(bits=3, symmetric=symmetric, **FINE)
+    one, other = (comq(weight[:1], hessian, grid, COMQ(layer_scale=value)) for value in (False, True))
+    assert torch.equal(one.codes, other.codes) and torch.equal(one.dequantize(), other.dequantize())
+    descent = Descent(weight, hessian, grid, layer_scale=True)
+    losses = []
+    for _ in range(4):
+        descent.sweep(torch.arange(32))
+        losses.append(descent.loss())
+        steps = (descent.codes - descent.zero).T  # [rows, n]
+        expected = (steps @ hessian * weight).sum() / (steps @ hessian * steps).sum()
+        descent.update_scales()
+        torch.testing.assert_close(descent.scale, expected.expand(1, 6), rtol=1e-4, atol=1e-6)
+        losses.append(descent.loss())
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(losses)) and losses[-1] < losses[0]
+    made = comq(weight, hessian, grid, COMQ(layer_scale=True))
+    values = made.dequantize().unique()
+    assert made.scale.shape == (1, 1) and len(values) <= 8
+    assert made.stored_bytes() == 6 * 4 * 3 + 4 + (0 if symmetric else 4)  # float32 scale, a zero fills a word
+    assert made.stored_bytes() == sum(tensor.numel() * tensor.element_size() for tensor in made.packed().values())
+    assert (
+        "use group size -1" in str(COMQ(layer_scale=True).refusal(16, False)) and not COMQ(layer_scale=True).stackable
+    )
+    assert "layer_scale" not in COMQ().identity()
+
+
 def test_scale_update_of_groups_converges_to_the_joint_optimum() -> None:
     weight, hessian, descent = swept(group_size=8)
     for _ in range(200):

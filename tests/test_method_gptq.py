@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qfarm.errors import NonFinite
+from qfarm.errors import InvalidInput, NonFinite
 from qfarm.inputs import Collector, InputStatistics, Statistic
 from qfarm.methods.gptq import GPTQ, column_order, gptq
 from qfarm.quantized import UniformWeight, unpack_bits
@@ -223,6 +223,29 @@ def test_dead_and_duplicated_inputs() -> None:
         assert torch.isfinite(values).all() and (values[:, [2, 9]] == 0).all()
     everything_dead = run(weight, torch.zeros(16, 16), Grid(bits=4, **FINE)).dequantize()
     assert (everything_dead == 0).all()
+
+
+@pytest.mark.parametrize("options", [{}, NATURAL, {"act_order": True}])
+def test_static_groups_do_not_stretch_over_dead_inputs(options: Any) -> None:
+    """Section 3.2: dead columns are zeroed in step 2, group grids are fitted in step 3, only a row's grid in step 1."""
+    weight, hessian = torch.randn(4, 32, generator=torch.manual_seed(40)), correlated(32, 41)
+    hessian[3] = hessian[:, 3] = 0
+    large, zeroed = weight.clone(), weight.clone()
+    large[:, 3], zeroed[:, 3] = 100.0, 0.0
+    grid = Grid(bits=4, group_size=16, **FINE)
+    made = run(large, hessian, grid, static_groups=True, **options)
+    assert torch.equal(made.scale, grid.quantize(zeroed).scale) and float(made.scale.max()) < 0.5
+    assert torch.equal(made.dequantize(), run(zeroed, hessian, grid, static_groups=True, **options).dequantize())
+    assert float(run(large, hessian, Grid(bits=4, **FINE)).scale.min()) > 100 / 16  # the reference's row
+
+
+def test_the_version_of_static_groups_is_theirs_alone() -> None:
+    fixed, usual = GPTQ(static_groups=True), GPTQ()
+    assert (fixed.cell_version, usual.cell_version, usual.version) == (2, 1, 1)
+    (spec,) = Recipe((fixed,)).specs()
+    assert spec["version"] == 2 and Recipe.from_specs([spec]).methods == (fixed,)
+    with pytest.raises(InvalidInput, match="gptq: version 2 here, 1 in the plan"):
+        Recipe.from_specs([spec | {"version": 1}])
 
 
 def test_failed_factorisation_raises_damping_and_says_so() -> None:

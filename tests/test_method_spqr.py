@@ -26,6 +26,7 @@ from qfarm.methods.spqr import (
     average_bits,
     column_order,
     decoded,
+    least_bytes,
     outlier_scale,
     reductions,
     spqr,
@@ -37,6 +38,7 @@ from qfarm.quantizer import Grid
 from qfarm.recipe import WeightSolver
 from qfarm.solver import factorise
 from tests.contract import require_ties_at_most
+from tests.job_example import changed, matrix
 from tests.test_models import loaded
 
 FINE = {"scale_dtype": torch.float32}
@@ -451,6 +453,35 @@ def test_a_bit_budget_is_met_and_not_exceeded(budget: float) -> None:
     assert result.notes["outliers"] == by_hand.notes["outliers"] > 0
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    groups=st.integers(1, 4),
+    size=st.sampled_from([-1, 4, 10, 16]),
+    bits=st.integers(2, 8),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+    options=st.fixed_dictionaries(
+        {
+            "scale_bits": st.sampled_from([None, 3]),
+            "zero_bits": st.sampled_from([None, 3, 8]),
+            "second_group": st.sampled_from([2, 16]),
+            "round_zero": st.booleans(),
+            "order": st.sampled_from(["identity", "act_order"]),
+            "outlier_threshold": st.sampled_from([None, 1e30]),
+        }
+    ),
+)
+def test_what_a_layer_takes_without_outliers_is_known_from_its_shape(
+    rows: int, groups: int, size: int, bits: int, dtype: torch.dtype, options: Any
+) -> None:
+    columns = groups * (6 if size == -1 else size)
+    weight, inputs = normal(rows, columns, 68), statistics(torch.eye(columns), normal(4, columns, 69))
+    solver = SpQR(**options)
+    made = solver.quantize_linear(weight, inputs, Grid(bits=bits, group_size=size, scale_dtype=dtype))
+    assert made.notes["outliers"] == 0
+    assert least_bytes(rows, columns, bits, size, dtype.itemsize, solver) == made.stored_bytes()
+
+
 def test_a_larger_budget_loses_less() -> None:
     weight, inputs = normal(64, 128, 63), statistics(correlated(128, 64), normal(16, 128, 65))
     grid = Grid(bits=2, group_size=32)
@@ -468,6 +499,12 @@ def test_a_budget_beyond_every_outlier_or_below_none() -> None:
         InvalidInput, match=r"target_bits 3 is less than a layer of 16 x 32 takes without outliers, 6.688"
     ):
         SpQR(target_bits=3.0).quantize_linear(weight, inputs, grid)
+    cells = matrix(changed(methods="[rtn, spqr: {target_bits: 3.0}]", bits="[w3]"))
+    assert [cell.recipe for cell in cells.cells] == ["baseline", "rtn"]
+    (refused,) = cells.invalid
+    assert refused.rule.startswith(
+        "spqr: q: target_bits 3 is less than a layer of 256 x 256 takes without outliers, 3."
+    )
     assert "set one of them" in str(SpQR(target_bits=4.0, outlier_threshold=0.3).refusal(16, False))
     assert SpQR(target_bits=4.0).refusal(16, False) is None
     assert "target_bits" not in SpQR().identity() and SpQR(target_bits=4.0).identity()["target_bits"] == 4.0

@@ -75,6 +75,24 @@ def test_a_method_must_be_called_as_its_module() -> None:
         lookup("shown")
 
 
+def test_a_name_has_one_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another package may add methods, and may not replace one in silence."""
+    points = [
+        importlib.metadata.EntryPoint(name, module, "qfarm.methods")
+        for name, module in (
+            ("gptq", "acme.gptq"),
+            ("new", "acme.new"),
+            ("new", "zeta.new"),
+            ("rtn", "qfarm.methods.rtn"),
+        )
+    ]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points)
+    for name, both in (("gptq", "qfarm.methods.gptq and acme.gptq"), ("new", "acme.new and zeta.new")):
+        with pytest.raises(InvalidInput, match=f'^method "{name}" is offered by {both}; a name has one method'):
+            lookup(name)
+    assert lookup("rtn").__module__ == "qfarm.methods.rtn" and {"new", "hqq"} <= set(method_names())
+
+
 def test_a_chain_runs_by_stage_however_it_is_written() -> None:
     recipe = parse_recipe("tuck+patch+gptq+turn")
     assert recipe.name == "turn+gptq+patch+tuck"

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from qfarm.errors import Failure, StoreFull
+from qfarm import cli
+from qfarm.errors import Failure, InvalidInput, NonFinite, StoreFull
 from qfarm.job import Job, parse_job
 from qfarm.models.load import LoadedModel
 from qfarm.plan import Outcome, Plan, Task, make_plan, shares
+from qfarm.recipe import parse_recipe
+from qfarm.solver import Factor, factorise
 from qfarm.store import Store
 from qfarm.worker import Session, run_cell
 
@@ -80,7 +83,13 @@ def test_a_whole_matrix(farm: Farm) -> None:
     # 3 bits plus 16 for the scale and 3 for the zero of 16 weights; zeros of few rows fill whole words.
     assert cells["rtn", "w3"]["linear_bits"] == pytest.approx(3 + 19 / 16, abs=0.02)
     assert cells["baseline", "w16"]["linear_bits"] == 32  # float32 model
+    # The whole model: 2 blocks of 4 and 3 linears, 260 tied embeddings of 64 and 5 norms, none of them quantized.
+    linear = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
+    others = 260 * 64 + 5 * 64
+    assert cells["baseline", "w16"]["model_bytes"] == 4 * (linear + others)
     for row in cells.values():
+        assert row["model_bytes"] == row["linear_bytes"] + 4 * (others + (row["recipe"] == "baseline") * linear)
+        assert row["model_bits"] == 8 * row["model_bytes"] / (linear + others)
         layers = [layer for layer in farm.table("layers") if layer["cell_id"] == row["cell_id"]]
         assert len(layers) == 14 and row["layers_quantized"] + row["layers_skipped"] == 14
         assert sum(layer["stored_bytes"] for layer in layers if layer["solver"]) == row["linear_bytes"]
@@ -117,6 +126,72 @@ def test_sharing_statistics_changes_no_row(tiny: Path, tmp_path: Path, monkeypat
     assert any("statistics not kept for other cells" in row["notes"] for row in poor.table("attempts"))
     ids = {row["cell_id"] for row in poor.table("layers")}
     assert poor.table("layers") == [row for row in alone.table("layers") if row["cell_id"] in ids]
+
+
+def test_layers_that_another_solver_made_are_told_in_the_report(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(hessian: torch.Tensor, *options: Any) -> Factor:
+        if len(hessian) == 128:  # of down
+            raise NonFinite("not factored")
+        return factorise(hessian, *options)
+
+    monkeypatch.setattr("qfarm.methods.gptq.factorise", fail)
+    labels = [planned.cell.label for planned in farm.plan().cells]
+    for label in ("baseline w16", "rtn w3 g16", "gptq w3 g16"):
+        assert farm.run(labels.index(label)).failure is None
+    notes = {row["label"]: json.loads(row["notes"]) for row in farm.table("attempts")}
+    told = "2 of 14 layers by rtn, not gptq: the Hessian could not be factored, or the result was not finite"
+    assert notes["gptq w3 g16"] == [told] and notes["rtn w3 g16"] == notes["baseline w16"] == []
+    with pytest.raises(SystemExit):
+        cli.main(["report", farm.store.location])
+    assert f"gptq w3: {told}" in " ".join(capsys.readouterr().out.split())
+
+
+FOREIGN = """
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from qfarm.recipe import STRICT, WeightSolver
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Halves(WeightSolver):
+    source = "a test"
+    bound: float = Field(0.5, gt=0, description="weights are clipped to it")
+
+    def quantize_linear(self, weight, inputs, grid):
+        made = grid.quantize(weight.clamp(-self.bound, self.bound))
+        made.solver = "halves"
+        return made
+
+
+METHOD = Halves
+"""
+
+
+def test_a_solver_of_another_package_runs_like_one_of_ours(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder on the path with a module and the metadata that pip would write: nothing of qfarm is touched."""
+    package, metadata = tmp_path / "site" / "acme", tmp_path / "site" / "acme-1.0.dist-info"
+    package.mkdir(parents=True)
+    metadata.mkdir()
+    (package / "__init__.py").touch()
+    (package / "halves.py").write_text(FOREIGN)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[qfarm.methods]\nhalves = acme.halves\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    text = JOB.replace("[rtn, gptq]", "[{{halves: {{bound: 0.25}}}}, halves+qera: {{qera: {{rank: 2}}}}]")
+    farm = Farm(tmp_path / "store", make_job(tiny, text.replace("[w3, w4/8]", "[w3]")))
+    outcomes = [farm.run(index) for index in range(3)]
+    assert [outcome.error for outcome in outcomes] == [None] * 3
+    rows = {row["recipe"]: row for row in farm.table("cells")}
+    assert {"halves", "halves+qera"} < set(rows) and rows["halves"]["layers_quantized"] == 14
+    assert {layer["solver"] for layer in farm.table("layers")} == {None, "halves", "halves+qera"}
+    assert json.loads(rows["halves"]["spec"])["methods"][0]["options"] == {"bound": 0.25}
+    with pytest.raises(InvalidInput, match="halves: bound: input should be greater than 0"):
+        parse_recipe({"halves": {"bound": 0.0}})
 
 
 def test_results_do_not_depend_on_what_the_worker_did_before(farm: Farm, tmp_path: Path, tiny: Path) -> None:
