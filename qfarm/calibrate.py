@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from qfarm.errors import NonFinite
 from qfarm.inputs import InputStatistics
 from qfarm.layers.linear import Branch, as_given, quantize_input
-from qfarm.models.architecture import absorbs_scale
 from qfarm.models.load import LoadedModel
 from qfarm.quantized import QuantizedWeight, apart
 from qfarm.quantizer import Grid, relative_error
@@ -143,7 +142,7 @@ class _Run:
             first = {group: linears[group[0]] for group in groups}
             stats = self.walk.collect(index, first, self.wanted, keep_outputs=advance)
         for group, found in stats.items():
-            found.foldable = absorbs_scale(self.loaded.model.config.to_dict(), group)
+            found.foldable = self.loaded.absorbs_scale(index, group)
         return stats
 
     def _group(self, index: int, linears: dict[str, nn.Linear], inputs: InputStatistics | None) -> list[LayerResult]:

@@ -104,7 +104,7 @@ def _factors(size: int) -> tuple[Tensor, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def paley_order(size: int) -> int | None:
-    """The order K of the generated factor of a Hadamard matrix of that size, 1 for powers of two; None: none is known."""
+    """The order K of the generated factor of a Hadamard matrix of that size, 1 for powers of two, or None."""
     odd = size // (size & -size)
     if odd == 1:
         return 1
@@ -164,7 +164,7 @@ def hadamard(order: int) -> Tensor:
 
 
 def jacobsthal(q: int) -> Tensor:
-    """J [q, q] with J[a, b] = chi(a - b) over the field of q elements, q odd, float64. Raises ValueError for other q."""
+    """J [q, q] with J[a, b] = chi(a - b) over the field of q elements, q odd, float64. Raises ValueError."""
     found = _prime_power(q)
     if found is None or q % 2 == 0:
         raise ValueError(f"there is no field of {q} elements with a quadratic character")
@@ -215,8 +215,8 @@ def _product(a: Polynomial, b: Polynomial, modulus: Polynomial, prime: int) -> P
 
 def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """A matrix [n, n] drawn uniformly from the orthogonal group, float64: QR of normal noise, signs fixed."""
-    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    return q * r.diagonal().sign()
+    found: tuple[Tensor, Tensor] = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return found[0] * found[1].diagonal().sign()
 
 
 def random_hadamard(size: int, generator: torch.Generator) -> Tensor:
