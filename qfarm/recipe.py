@@ -206,8 +206,12 @@ class Transform(Method):
     """Changes the model without changing its function, before its weights are quantized."""
 
     stage = Stage.TRANSFORM
-    learns_from: ClassVar[frozenset[str]] = frozenset({"linear_in"})  # sites of which `statistics()` speaks
+    learns_from: ClassVar[frozenset[str]] = frozenset({"linear_in"})  # sites of which `transform_statistics()` speaks
     prepared: ClassVar[str] = ""  # what `prepare` does, for telling statistics apart; empty: nothing
+
+    def transform_statistics(self) -> frozenset[Statistic]:
+        """What `transform` needs to know; a method that also solves weights may need less there."""
+        return self.statistics()
 
     def prepare(self, loaded: LoadedModel) -> None:
         """Change the model for as long as it is observed, through `loaded`."""
@@ -215,8 +219,9 @@ class Transform(Method):
     def transform(self, loaded: LoadedModel, observed: Observed, seed: int) -> list[str]:
         """Change parameters through `loaded`, which puts them back; what was done or left out, for the attempt's notes.
 
-        `observed` holds what `statistics()` asks for of each linear layer's input, in the model as it stands: the
-        original one for the first transform of a chain. In float32 the logits stay equal within 1e-4.
+        `observed` holds what `transform_statistics()` asks for at the sites of `learns_from`, in the model as it stands
+        and as `prepare` made it: the original one for the first transform of a chain. In float32 the logits stay equal
+        within 1e-4.
         """
         raise NotImplementedError
 

@@ -376,7 +376,8 @@ def _transform(session: Session, recipe: Recipe, windows: Tensor | None, scheme:
         with session.loaded.temporary():
             method.prepare(session.loaded)
             before = recipe.transforms[:position]
-            observed = session.observed(method.statistics(), method.learns_from, before, method.prepared)
+            wanted = method.transform_statistics()
+            observed = session.observed(wanted, method.learns_from, before, method.prepared)
         for note in method.learn(session.loaded, observed, session.cell.seed or 0, windows, scheme):
             session.note(f"{method.name}: {note}")
 
