@@ -28,6 +28,7 @@ FAST: dict[str, dict[str, Any]] = {
     "fptq": {"v0": 0.5},
     "ptq161": {"epochs": 2},
     "qera": {"rank": 8},
+    "spinquant": {"steps": 0},
 }
 
 CONTEXTS = [(size, symmetric) for size in (16, -1, 32, 64) for symmetric in (False, True)]  # of 64 and 128 columns

@@ -282,7 +282,7 @@ def test_the_worker_runs_it_far_ahead_of_rounding_to_nearest(tmp_path: Path) -> 
     assert 0 < kl["resq+gptq", "w4a4kv4"] < kl["resq", "w4a4kv4"] < 0.6 * kl["rtn", "w4a4kv4"]
     rows = {(row["recipe"], row["scheme"]): row for row in farm.table("cells")}
     row, plain = rows["resq", "w4a4kv4"], rows["rtn", "w4a4kv4"]
-    # Heads of 16: 14 numbers at 4 bits and 2 at 8, each padded to eights; two scales, and zeros of a byte for keys and of
+    # Heads of 16: 14 numbers at 4 bits and 2 at 8, each padded to eights; two scales, and zeros of a byte for keys, of
     # two for values.
     assert row["kv_bits"] == (16 * 4 + 8 * 8) / 16 + (2 * 16 + (2 * 8 + 2 * 16) / 2) / 16
     extra = 2 * (16 * 16 + 2) + 260 * 64 * 4  # U_C, and the head's own weight
