@@ -143,6 +143,7 @@ class _Run:
             stats = self.walk.collect(index, first, self.wanted, keep_outputs=advance)
         for group, found in stats.items():
             found.foldable = self.loaded.absorbs_scale(index, group)
+            found.divided = self.loaded.divided.get((index, group))
         return stats
 
     def _group(self, index: int, linears: dict[str, nn.Linear], inputs: InputStatistics | None) -> list[LayerResult]:
@@ -150,7 +151,8 @@ class _Run:
         together: dict[object, tuple[Grid | None, list[str]]] = {}
         for role in linears:
             grid = self.grid_of(role)
-            together.setdefault(grid if self.solver.stackable else role, (grid, []))[1].append(role)
+            key = grid if self.solver.stackable or self.solver.joint else role
+            together.setdefault(key, (grid, []))[1].append(role)
         results = []
         for grid, roles in together.values():
             if grid is None:
@@ -160,7 +162,7 @@ class _Run:
             rows = tuple((role, linears[role].out_features) for role in roles)
             # One operator cannot absorb the different factors of layers that are solved apart.
             foldable = inputs is not None and inputs.foldable and len(together) == 1
-            told = inputs and dataclasses.replace(inputs, roles=rows, foldable=foldable)
+            told = inputs and dataclasses.replace(inputs, roles=rows, foldable=foldable, bits=self.input_bits)
             try:
                 whole = self.solver.quantize_linear(stacked, told, grid)
             except NonFinite as error:

@@ -48,7 +48,7 @@ class Rotation(Transform, ActivationMethod, CacheMethod):
     def recipe_refusal(self, recipe: Recipe) -> str | None:
         others = [method.name for method in recipe.transforms if method != self]
         if others:
-            return f"it folds the norms, and {others[0]} changes what they hold; one transform that does so is enough"
+            return f"it folds the norms, of which {others[0]} needs what they hold; choose one of the two"
         for method in recipe.methods:
             if method.options().get("pre_rope") or "k_pre_rope" in getattr(method, "observes", ()):
                 return f"keys are rotated after the rotary embedding, and {method.name} quantizes them before it"

@@ -29,6 +29,7 @@ FAST: dict[str, dict[str, Any]] = {
     "ptq161": {"epochs": 2},
     "qera": {"rank": 8},
     "spinquant": {"steps": 0},
+    "svdquant": {"rank": 4, "candidates": 3, "iterations": 3},
 }
 
 CONTEXTS = [(size, symmetric) for size in (16, -1, 32, 64) for symmetric in (False, True)]  # of 64 and 128 columns

@@ -199,7 +199,7 @@ def test_another_method_has_the_site_where_there_is_one(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "rule"),
     [
-        ("smoothquant+quarot", "quarot: it folds the norms, and smoothquant changes what they hold"),
+        ("smoothquant+quarot", "quarot: it folds the norms, of which smoothquant needs what they hold"),
         ("quarot+qrazor: {qrazor: {pre_rope: true}}", "keys are rotated after the rotary embedding, and qrazor quanti"),
     ],
 )

@@ -249,7 +249,7 @@ def test_refusals_come_with_the_plan() -> None:
     found = matrix(changed(methods=entries, bits="[w4a4kv4]", group_sizes="[-1]"))
     assert labels(found) == ["rtn w4a4kv4"] and [invalid.rule for invalid in found.invalid] == [
         "resq: gptq's option search is of uniform grids; leave it out beside resq",
-        "resq: it folds the norms, and smoothquant changes what they hold; one transform that does so is enough",
+        "resq: it folds the norms, of which smoothquant needs what they hold; choose one of the two",
         "resq: fraction 0.1 of heads of 64 is no whole number of coordinates",
     ]
 
