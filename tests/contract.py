@@ -15,6 +15,7 @@ from torch import Tensor
 from qfarm import calibrate
 from qfarm.calibrate import LayerResult, quantize_weights
 from qfarm.inputs import Collector
+from qfarm.layers.linear import Branch
 from qfarm.models.load import LoadedModel
 from qfarm.quantized import QuantizedWeight
 from qfarm.quantizer import Grid
@@ -155,11 +156,18 @@ def run(
 
 
 def decoder_weights(model: LoadedModel) -> dict[tuple[int, str], Tensor]:
+    """What each layer multiplies by, a branch included."""
     return {
-        (index, role): linear.weight.detach().clone()
+        (index, role): whole_weight(linear)
         for index in range(len(model.blocks))
         for role, linear in model.linears(index).items()
     }
+
+
+def whole_weight(linear: torch.nn.Linear) -> Tensor:
+    branch: Branch | None = getattr(linear, "branch", None)
+    weight = linear.weight.detach()
+    return weight.clone() if branch is None else weight + branch.left @ branch.right
 
 
 @torch.no_grad()
