@@ -55,7 +55,7 @@ from qfarm.layers.rtn import Quantizer
 from qfarm.layers.sites import Observed, Place
 from qfarm.layers.turn import Turn
 from qfarm.mixed import MixedGrid, MixedWeight
-from qfarm.models.architecture import head_size
+from qfarm.models.architecture import head_width
 from qfarm.models.load import LoadedModel
 from qfarm.quantizer import Grid
 from qfarm.recipe import STRICT, GridProvider, Recipe, WeightSolver
@@ -99,7 +99,7 @@ class ResQ(Rotation, GridProvider):
         return None if group_size == -1 else "each part of a row has one scale; use group size -1"
 
     def model_refusal(self, config: Mapping[str, Any]) -> str | None:
-        width = head_size(config)
+        width = head_width(config, "the model")
         if self.fraction and not (self.fraction * width >= 1 and (self.fraction * width).is_integer()):
             return f"fraction {self.fraction} of heads of {width} is no whole number of coordinates"
         return super().model_refusal(config)

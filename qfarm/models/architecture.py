@@ -89,12 +89,17 @@ def _size(config: Config, key: str, reference: str) -> int:
     return value
 
 
+def head_width(config: Config, reference: str) -> int:
+    """Numbers in a head. Raises ModelError if that cannot be known."""
+    hidden, heads = (_size(config, key, reference) for key in ("hidden_size", "num_attention_heads"))
+    return config.get("head_dim") or hidden // heads
+
+
 def linear_shapes(config: Config, reference: str) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of each role's layer in one decoder block. Raises ModelError if they cannot be known."""
     architecture = architecture_of(config, reference)
     hidden, heads = (_size(config, key, reference) for key in ("hidden_size", "num_attention_heads"))
-    mlp = _size(config, architecture.mlp_size, reference)
-    head = head_size(config)
+    mlp, head = _size(config, architecture.mlp_size, reference), head_width(config, reference)
     kv = config.get("num_key_value_heads") or heads
     shapes = {
         "q": (heads * head, hidden),
@@ -131,11 +136,6 @@ def rotation_rule(config: Config) -> str | None:
     if config.get("word_embed_proj_dim", config["hidden_size"]) != config["hidden_size"]:
         return "embeddings and hidden states of this model have different widths"
     return "this model has no norm before its head" if config.get("_remove_final_layer_norm") else None
-
-
-def head_size(config: Config) -> int:
-    """Width of a head: what the configuration says, which is not always hidden size / heads."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def parameter_counts(config: Config, reference: str) -> tuple[int, int]:
