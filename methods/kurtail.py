@@ -22,8 +22,6 @@ whole text supplies evenly.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -33,9 +31,6 @@ from qfarm.cayley import nearest_orthogonal, step
 from qfarm.fuse import Bases, Fusion
 from qfarm.hadamard import Hadamard, random_hadamard
 from qfarm.inputs import InputStatistics, Statistic
-from qfarm.layers.clipped import ClippedAsymmetric, ClippedLayer
-from qfarm.layers.inject import MakeLayer
-from qfarm.layers.rtn import Quantizer
 from qfarm.layers.sites import Observed, Place
 from qfarm.models.load import LoadedModel
 from qfarm.recipe import STRICT
@@ -51,7 +46,6 @@ class KurTail(Rotation):
     source = "Akhondzadeh et al., Findings of EMNLP 2025, arXiv 2503.01483 (abstract only)"
     learns_from = frozenset({"linear_in", "v"})
     prepared = FOLDED
-    heads_apart = True
 
     steps: int = Field(100, ge=0, description="of descent; 0: random Hadamard matrices as they are drawn")
     rows: int = Field(64, ge=1, description="tokens of each input per step")
@@ -121,12 +115,6 @@ class KurTail(Rotation):
         """The loss on all rows for each rotation."""
         loss = self.loss(samples, rotation)
         return loss.mean(0, keepdim=True) if len(rotation) == 1 else loss
-
-    def quantizer(self, place: Place, bits: int, observed: Observed) -> Quantizer:
-        return ClippedAsymmetric(bits=bits, through_zero=place.role != "o")
-
-    def cache_layer(self, block: int, bits: int, observed: Observed) -> MakeLayer:
-        return functools.partial(ClippedLayer, bits)
 
 
 METHOD = KurTail

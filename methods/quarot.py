@@ -54,6 +54,7 @@ SYMMETRIC_CLIP = 0.9  # tuned by the authors for symmetric 4-bit grids; it hurts
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class QuaRot(Rotation):
     source = "Ashkboos et al., NeurIPS 2024, arXiv 2404.00456; github.com/spcl/QuaRot"
+    heads_apart = False
 
     mode: Literal["hadamard", "random"] = Field("hadamard", description="of hidden states: signed Hadamard, or Haar")
     symmetric: bool = Field(True, description="grid of linear inputs")

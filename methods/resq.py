@@ -74,7 +74,6 @@ class ResQ(Rotation, GridProvider):
     widths = range(2, 8)
     learns_from = frozenset({"linear_in", "k", "v"})
     prepared = FOLDED
-    heads_apart = True
 
     fraction: float = Field(0.125, ge=0, le=0.5, description="of coordinates that have the larger width (rho)")
     high_bits: int = Field(8, ge=3, le=8, description="their width; the scheme names the smaller one")

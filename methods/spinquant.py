@@ -30,7 +30,6 @@ online rotations is not offered.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -45,10 +44,9 @@ from qfarm.errors import NonFinite, QfarmError
 from qfarm.fuse import Bases, Fusion
 from qfarm.hadamard import Hadamard, random_hadamard
 from qfarm.layers.attention import add_to_sites
-from qfarm.layers.clipped import ClippedAsymmetric, ClippedLayer
-from qfarm.layers.inject import MakeLayer
+from qfarm.layers.clipped import ClippedAsymmetric
 from qfarm.layers.linear import head_rows, quantize_input
-from qfarm.layers.rtn import Quantizer, Symmetric
+from qfarm.layers.rtn import Symmetric
 from qfarm.layers.sites import Observed, Place
 from qfarm.models.load import LoadedModel
 from qfarm.recipe import STRICT
@@ -59,7 +57,6 @@ from qfarm.scheme import UNTOUCHED, Scheme
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SpinQuant(Rotation):
     source = "Liu et al., ICLR 2025, arXiv 2405.16406; github.com/facebookresearch/SpinQuant"
-    heads_apart = True
 
     steps: int = Field(100, ge=0, description="of descent; 0: random Hadamard matrices as they are drawn")
     batch: int = Field(8, ge=1, description="calibration windows per step")
@@ -94,12 +91,6 @@ class SpinQuant(Rotation):
         fusion.install(dataclasses.replace(made, stream=stream, values=[v.expand(heads, -1, -1) for v in values]))
         turn_keys(loaded, [hadamard_turn(loaded)] * blocks)
         return notes
-
-    def quantizer(self, place: Place, bits: int, observed: Observed) -> Quantizer:
-        return ClippedAsymmetric(bits=bits, through_zero=place.role != "o")
-
-    def cache_layer(self, block: int, bits: int, observed: Observed) -> MakeLayer:
-        return functools.partial(ClippedLayer, bits)
 
 
 METHOD = SpinQuant

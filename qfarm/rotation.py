@@ -4,8 +4,9 @@
     input of down   Hadamard matrix, online        queries and keys   Hadamard matrix after the rotary embedding
 
 The fold is qfarm.fuse. Queries and keys are turned only where they are rounded (qfarm.layers.turn). Each method also
-brings its paper's quantizers of linear inputs and of the KV cache; where another method of the chain quantizes a site,
-it has the site (`quarot+kivi`: KIVI's cache holds turned keys and rotated values).
+brings its paper's quantizers of linear inputs and of the KV cache, by default SpinQuant's: asymmetric, per token and
+through zero, per token and head at the input of o, keys and values. Where another method of the chain quantizes a site,
+it has the site (`quarot+qrazor`: QRazor's cache holds turned keys and rotated values).
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from typing import Any, ClassVar
 from qfarm.fuse import Bases, Fusion
 from qfarm.hadamard import Hadamard
 from qfarm.inputs import Statistic
+from qfarm.layers.clipped import ClippedAsymmetric, ClippedLayer
+from qfarm.layers.inject import MakeLayer
+from qfarm.layers.rtn import Quantizer
+from qfarm.layers.sites import Observed, Place
 from qfarm.layers.turn import Turn
 from qfarm.models.architecture import rotation_rule
 from qfarm.models.load import LoadedModel
@@ -34,6 +39,7 @@ class Rotation(Transform, ActivationMethod, CacheMethod):
     yields = SITES
     site_widths = dict.fromkeys(SITES, range(2, 9))
     observes: ClassVar[frozenset[str]] = frozenset()
+    heads_apart = True
 
     @property
     def needs_seed(self) -> bool:
@@ -57,6 +63,12 @@ class Rotation(Transform, ActivationMethod, CacheMethod):
     def prepare(self, loaded: LoadedModel) -> None:
         if self.prepared:
             Fusion(loaded).install(Bases())
+
+    def quantizer(self, place: Place, bits: int, observed: Observed) -> Quantizer:
+        return ClippedAsymmetric(bits=bits, through_zero=place.role != "o")
+
+    def cache_layer(self, block: int, bits: int, observed: Observed) -> MakeLayer:
+        return functools.partial(ClippedLayer, bits)
 
 
 def hadamard_turn(loaded: LoadedModel) -> Turn:
