@@ -3,7 +3,7 @@
     S = sum of x x^T + 0.01 mean(diag S) I = P diag(lambda) P^T, eigenvalues ascending    U = P blockdiag(R_lo, R_hi)
 
 x are activations behind emptied norms, R random orthogonal matrices drawn once; the last rho = 1/8 of the coordinates
-of x U are quantized to `high_bits`. U is orthogonal, so it fuses as in QuaRot (arXiv 2412.14363, section 4):
+of x U have 8 bits. U is orthogonal, so it fuses as in QuaRot (arXiv 2412.14363, section 4):
 
     basis   of                                     from                                    where
     U_A     hidden states, all layers alike        inputs of q, k, v and of gate, up       fused
@@ -63,6 +63,7 @@ from qfarm.rotation import FOLDED, SITES, Rotation, online_notes, turn_keys
 from qfarm.scheme import Scheme
 
 UNIFORM = {"search": False, "convention": "restricted", "stale_block": None}  # a solver's options for its own grids
+HIGH_BITS = 8  # of the strong directions; the scheme names the width of the others
 TURN_BITS = 8  # of U_C, and of queries and keys before it
 
 
@@ -75,8 +76,7 @@ class ResQ(Rotation, GridProvider):
     learns_from = frozenset({"linear_in", "k", "v"})
     prepared = FOLDED
 
-    fraction: float = Field(0.125, ge=0, le=0.5, description="of coordinates that have the larger width (rho)")
-    high_bits: int = Field(8, ge=3, le=8, description="their width; the scheme names the smaller one")
+    fraction: float = Field(0.125, ge=0, le=0.5, description="of coordinates that have 8 bits (rho)")
     damping: float = Field(0.01, gt=0, lt=1, description="added to diag(S), as a fraction of its mean")
     pre_rotation_8bit: bool = Field(True, description="queries, keys and U_C at 8 bits before they are multiplied")
     search: bool = Field(True, description="search a clipped range of weights per row and part, error norm 2.4")
@@ -173,7 +173,7 @@ class ResQ(Rotation, GridProvider):
             symmetric=True,
             scale_dtype=grid.scale_dtype,
             search=self.search,
-            high_bits=self.high_bits,
+            high_bits=HIGH_BITS,
             fraction=0.0 if role == "down" else self.fraction,
             unit=head_dim if role == "o" else 0,
         )
@@ -185,11 +185,11 @@ class ResQ(Rotation, GridProvider):
         if place.role == "down":
             return ClippedAsymmetric(bits=bits)
         through = place.role != "o"
-        low, high = (ClippedAsymmetric(bits=b, through_zero=through) for b in (bits, self.high_bits))
+        low, high = (ClippedAsymmetric(bits=b, through_zero=through) for b in (bits, HIGH_BITS))
         return TwoWidths(low=low, high=high, fraction=self.fraction)
 
     def cache_layer(self, block: int, bits: int, observed: Observed) -> MakeLayer:
-        return functools.partial(ClippedLayer, bits, 1.0, True, self.high_bits, self.fraction)
+        return functools.partial(ClippedLayer, bits, 1.0, True, HIGH_BITS, self.fraction)
 
 
 METHOD = ResQ

@@ -213,9 +213,9 @@ def test_greedy_text_is_the_same_with_sixteen_bits_in_the_cache(tiny: Path) -> N
 
 
 def test_what_each_input_gets(tiny: Path) -> None:
-    method = ResQ(high_bits=7)
+    method = ResQ()
     for role, through in (("q", True), ("gate", True), ("o", False)):
-        low, high = (ClippedAsymmetric(bits=bits, through_zero=through) for bits in (3, 7))
+        low, high = (ClippedAsymmetric(bits=bits, through_zero=through) for bits in (3, 8))
         assert method.quantizer(Place("linear_in", 0, role), 3, {}) == TwoWidths(low=low, high=high, fraction=0.125)
     assert method.quantizer(Place("linear_in", 0, "down"), 3, {}) == ClippedAsymmetric(bits=3)
     model = loaded(tiny)
