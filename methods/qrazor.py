@@ -159,7 +159,7 @@ class QRazor(GridProvider, ActivationMethod, CacheMethod):
     def causal(self) -> bool:
         return not self.per_tensor
 
-    def provide(self, grid: Grid) -> RazorGrid:
+    def provide(self, grid: Grid, role: str = "", head_dim: int = 0) -> RazorGrid:
         return RazorGrid(
             bits=grid.bits,
             group_size=self._group(grid.group_size),

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from qfarm.errors import NonFinite
 from qfarm.inputs import InputStatistics
 from qfarm.layers.linear import Branch, as_given, quantize_input
-from qfarm.models.architecture import absorbs_scale
 from qfarm.models.load import LoadedModel
 from qfarm.quantized import QuantizedWeight, apart
 from qfarm.quantizer import Grid, relative_error
@@ -143,7 +142,8 @@ class _Run:
             first = {group: linears[group[0]] for group in groups}
             stats = self.walk.collect(index, first, self.wanted, keep_outputs=advance)
         for group, found in stats.items():
-            found.foldable = absorbs_scale(self.loaded.model.config.to_dict(), group)
+            found.foldable = self.loaded.absorbs_scale(index, group)
+            found.divided = self.loaded.divided.get((index, group))
         return stats
 
     def _group(self, index: int, linears: dict[str, nn.Linear], inputs: InputStatistics | None) -> list[LayerResult]:
@@ -151,7 +151,8 @@ class _Run:
         together: dict[object, tuple[Grid | None, list[str]]] = {}
         for role in linears:
             grid = self.grid_of(role)
-            together.setdefault(grid if self.solver.stackable else role, (grid, []))[1].append(role)
+            key = grid if self.solver.stackable or self.solver.joint else role
+            together.setdefault(key, (grid, []))[1].append(role)
         results = []
         for grid, roles in together.values():
             if grid is None:
@@ -161,7 +162,7 @@ class _Run:
             rows = tuple((role, linears[role].out_features) for role in roles)
             # One operator cannot absorb the different factors of layers that are solved apart.
             foldable = inputs is not None and inputs.foldable and len(together) == 1
-            told = inputs and dataclasses.replace(inputs, roles=rows, foldable=foldable)
+            told = inputs and dataclasses.replace(inputs, roles=rows, foldable=foldable, bits=self.input_bits)
             try:
                 whole = self.solver.quantize_linear(stacked, told, grid)
             except NonFinite as error:

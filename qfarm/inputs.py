@@ -51,6 +51,7 @@ class InputStatistics:
     high: Tensor | None = None  # float32 [n]: largest x
     divided: Tensor | None = None  # [n]: factors by which a transform has divided these features
     heads: int | None = None  # at sites in attention: how many heads the features are of, side by side
+    bits: int = 16  # to which these inputs will be quantized; 16: not
     foldable: bool = False  # a factor per input column can be absorbed by the operator before this layer
     roles: tuple[tuple[str, int], ...] = ()  # the layers stacked into one weight, in order: role, rows
 

@@ -158,7 +158,7 @@ def broken_rule(file: JobFile, facts: ModelFacts, recipe: Recipe, scheme: Scheme
 def _broken_width(recipe: Recipe, scheme: Scheme) -> str | None:
     """A site other than the weights whose width its quantizer does not support."""
     for site in sorted(scheme.sites - {"weight"}):
-        claimant = next((method for method in recipe.methods if site in method.claims), None)
+        claimant = recipe.claimant(site)
         widths = claimant.site_widths.get(site, RTN_WIDTHS[site]) if claimant else RTN_WIDTHS[site]
         bits = getattr(scheme, site)
         if bits not in widths:

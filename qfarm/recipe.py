@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from qfarm.models.load import LoadedModel
     from qfarm.quantized import QuantizedWeight
     from qfarm.quantizer import Grid
+    from qfarm.scheme import Scheme
     from qfarm.solver import ColumnGrid
     from qfarm.walk import BlockProblem
 
@@ -64,6 +65,7 @@ class Method:
     stage: ClassVar[Stage]
     claims: ClassVar[frozenset[str]] = frozenset()
     optional: ClassVar[frozenset[str]] = frozenset()  # claimed sites that a scheme may leave at 16 bits
+    yields: ClassVar[frozenset[str]] = frozenset()  # claimed sites that it leaves to another method of the chain
     widths: ClassVar[range] = range(2, 9)  # weight widths that a weight solver supports, in bits
     site_widths: ClassVar[Mapping[str, range]] = {}  # the same for other sites that are claimed; default: those of RTN
     # Options that came after the first stored results: they enter the identity only when they are not at their default.
@@ -136,6 +138,7 @@ class WeightSolver(Method):
 
     stage = Stage.WEIGHTS
     claims = frozenset({"weight"})
+    joint: ClassVar[bool] = False  # layers that share an input are solved as one matrix though rows are not independent
     takes_grids: ClassVar[bool] = False  # works on grids of a GridProvider, `qfarm.solver.ColumnGrid`
 
     @property
@@ -190,8 +193,11 @@ class BlockSolver(WeightSolver):
 class GridProvider(WeightSolver):
     """A weight solver that, beside another one in a chain, gives that one its grid instead."""
 
-    def provide(self, grid: Grid) -> ColumnGrid:
-        """The method's own grid where a solver is asked for `grid`."""
+    def provide(self, grid: Grid, role: str = "", head_dim: int = 0) -> ColumnGrid:
+        """The method's own grid where a solver is asked for `grid`; role of the layer, if known, and width of a head.
+
+        What is provided may be handed back as `grid`, and is then returned as it is or as an equal one.
+        """
         raise NotImplementedError
 
 
@@ -210,14 +216,33 @@ class Transform(Method):
     """Changes the model without changing its function, before its weights are quantized."""
 
     stage = Stage.TRANSFORM
+    learns_from: ClassVar[frozenset[str]] = frozenset({"linear_in"})  # sites of which `transform_statistics()` speaks
+    prepared: ClassVar[str] = ""  # what `prepare` does, for telling statistics apart; empty: nothing
+
+    def transform_statistics(self) -> frozenset[Statistic]:
+        """What `transform` needs to know; a method that also solves weights may need less there."""
+        return self.statistics()
+
+    def prepare(self, loaded: LoadedModel) -> None:
+        """Change the model for as long as it is observed, through `loaded`."""
 
     def transform(self, loaded: LoadedModel, observed: Observed, seed: int) -> list[str]:
         """Change parameters through `loaded`, which puts them back; what was done or left out, for the attempt's notes.
 
-        `observed` holds what `statistics()` asks for of each linear layer's input, in the model as it stands: the
-        original one for the first transform of a chain. In float32 the logits stay equal within 1e-4.
+        `observed` holds what `transform_statistics()` asks for at the sites of `learns_from`, in the model as it stands
+        and as `prepare` made it: the original one for the first transform of a chain. In float32 the logits stay equal
+        within 1e-4.
         """
         raise NotImplementedError
+
+    def learn(
+        self, loaded: LoadedModel, observed: Observed, seed: int, windows: torch.Tensor | None, scheme: Scheme
+    ) -> list[str]:
+        """The same for transforms that read the calibration text themselves, or look at what will be quantized.
+
+        windows [samples, length] are token ids; None where the recipe needs no text.
+        """
+        return self.transform(loaded, observed, seed)
 
 
 class ActivationMethod(Method):
@@ -226,6 +251,7 @@ class ActivationMethod(Method):
     stage = Stage.ACTIVATIONS
     claims = frozenset({"linear_in"})
     observes: ClassVar[frozenset[str]] = frozenset({"linear_in"})  # sites of which `site_statistics()` speaks
+    heads_apart: ClassVar[bool] = False  # its quantizers see each head of the input of o as a row
 
     def site_statistics(self) -> frozenset[Statistic]:
         """What `quantizer` needs to know of these sites; a method that also solves weights may need less here."""
@@ -292,10 +318,15 @@ class Recipe:
         solvers = [method for method in self.methods if isinstance(method, WeightSolver)]
         return next((s for s in solvers if not isinstance(s, GridProvider)), solvers[0] if solvers else None)
 
-    def grid(self, grid: Grid) -> Grid:
-        """The grid that the weight solver is given: a provider's where one stands beside it."""
-        providers = [method for method in self.methods if isinstance(method, GridProvider) and method != self.solver]
-        return providers[0].provide(grid) if providers else grid
+    def grid(self, grid: Grid, role: str = "", head_dim: int = 0) -> Grid:
+        """The grid that the weight solver is given for a layer of that role: a provider's where there is one."""
+        provider = next((method for method in self.methods if isinstance(method, GridProvider)), None)
+        return grid if provider is None else provider.provide(grid, role, head_dim)
+
+    def claimant(self, site: str) -> Method | None:
+        """The method that quantizes a site other than the weights; None: round to nearest."""
+        claiming = [method for method in self.methods if site in method.claims]
+        return next((method for method in claiming if site not in method.yields), claiming[0] if claiming else None)
 
     @property
     def wrappers(self) -> tuple[Wrapper, ...]:
@@ -430,7 +461,7 @@ def parse_recipe(entry: object) -> Recipe:
     if rule:
         raise InvalidInput(f"{chain}: {rule}")
     for site in sorted(frozenset().union(*(method.claims for method in methods)) - {"weight"}):
-        both = [method.name for method in methods if site in method.claims]
+        both = [method.name for method in methods if site in method.claims - method.yields]
         if len(both) > 1:
             raise InvalidInput(f"{chain}: {' and '.join(both)} both quantize {site}; a site has one quantizer")
     if not solvers and any(isinstance(method, Wrapper) for method in methods):

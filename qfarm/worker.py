@@ -32,7 +32,7 @@ from qfarm.plan import EvaluationSpec, Outcome, Task, statistics_key
 from qfarm.quantizer import Grid
 from qfarm.recipe import Method, Recipe, WeightSolver, build_method
 from qfarm.record import AnalysisRow, AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow, utc_now
-from qfarm.scheme import UNTOUCHED, parse_scheme
+from qfarm.scheme import UNTOUCHED, Scheme, parse_scheme
 from qfarm.shared import KeptObservations, SharedStatistics, fits, needed_bytes, spare_bytes
 from qfarm.store import Store
 from qfarm.text import Part, load_pages, load_text, public_name, text_hash
@@ -170,8 +170,12 @@ class Session:
         self._shared[key] = found
         return found
 
-    def observed(self, wanted: frozenset[Statistic], sites: Set[str], behind: Sequence[Method]) -> Observed:
+    def observed(
+        self, wanted: frozenset[Statistic], sites: Set[str], behind: Sequence[Method], prepared: str = ""
+    ) -> Observed:
         """Statistics of the cell's calibration text at sites, behind transforms that stand in the model already.
+
+        `prepared` names what else was done to the model that is observed.
 
         Kept for cells that ask for the same: of the original model, whatever they make of it.
         """
@@ -182,7 +186,7 @@ class Session:
         transforms = Recipe(tuple(behind)).specs()
         # A transform may look at what is to be quantized.
         scheme = self.cell.scheme if transforms else None
-        asked = [sorted(wanted), sorted(sites), batch_tokens, transforms, scheme]
+        asked = [sorted(wanted), sorted(sites), batch_tokens, transforms, scheme, prepared]
         calibration = {k: v for k, v in self.cell.calibration.items() if k != "text"}
         return self._observed.get(
             canonical_hash([asked, calibration, self.cell.seed]),
@@ -336,10 +340,10 @@ def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> tup
         usual = Grid(
             bits=bits, group_size=cell.group_size, symmetric=cell.symmetric, scale_dtype=DTYPES[cell.scale_dtype]
         )
-        return recipe.grid(usual)
+        return recipe.grid(usual, role, session.loaded.head_dim)
 
     windows = session.calibration() if cell.calibration else None
-    _transform(session, recipe)
+    _transform(session, recipe, windows, scheme)
     if session.keep_twins:
         session.twins = twin_blocks(session.loaded)
     asking = [method for method in recipe.site_methods if method.site_statistics()]
@@ -383,11 +387,15 @@ def substitutes(name: str, layers: Sequence[LayerResult]) -> Iterator[str]:
         yield f"{count} of {len(done)} layers by {other}, not {name}: {reason}"
 
 
-def _transform(session: Session, recipe: Recipe) -> None:
+def _transform(session: Session, recipe: Recipe, windows: Tensor | None, scheme: Scheme) -> None:
     """Run the recipe's transforms, each on the model that the one before it left."""
     for position, method in enumerate(recipe.transforms):
-        observed = session.observed(method.statistics(), {"linear_in"}, recipe.transforms[:position])
-        for note in method.transform(session.loaded, observed, session.cell.seed or 0):
+        with session.loaded.temporary():
+            method.prepare(session.loaded)
+            before = recipe.transforms[:position]
+            wanted = method.transform_statistics()
+            observed = session.observed(wanted, method.learns_from, before, method.prepared)
+        for note in method.learn(session.loaded, observed, session.cell.seed or 0, windows, scheme):
             session.note(f"{method.name}: {note}")
 
 

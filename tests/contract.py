@@ -19,6 +19,7 @@ from torch import Tensor
 from qfarm import calibrate
 from qfarm.calibrate import LayerResult, quantize_weights
 from qfarm.inputs import Collector
+from qfarm.layers.linear import Branch
 from qfarm.models.load import LoadedModel
 from qfarm.quantized import QuantizedWeight
 from qfarm.quantizer import Grid
@@ -32,6 +33,8 @@ FAST: dict[str, dict[str, Any]] = {
     "fptq": {"v0": 0.5},
     "ptq161": {"epochs": 2},
     "qera": {"rank": 8},
+    "spinquant": {"steps": 0},
+    "svdquant": {"rank": 4, "candidates": 3, "iterations": 3},
 }
 
 CONTEXTS = [(size, symmetric) for size in (16, -1, 32, 64) for symmetric in (False, True)]  # of 64 and 128 columns
@@ -177,11 +180,18 @@ def bytes_on_disk(made: Made) -> dict[tuple[int, str], int]:
 
 
 def decoder_weights(model: LoadedModel) -> dict[tuple[int, str], Tensor]:
+    """What each layer multiplies by, a branch included."""
     return {
-        (index, role): linear.weight.detach().clone()
+        (index, role): whole_weight(linear)
         for index in range(len(model.blocks))
         for role, linear in model.linears(index).items()
     }
+
+
+def whole_weight(linear: torch.nn.Linear) -> Tensor:
+    branch: Branch | None = getattr(linear, "branch", None)
+    weight = linear.weight.detach()
+    return weight.clone() if branch is None else weight + branch.left @ branch.right
 
 
 @torch.no_grad()

@@ -61,7 +61,11 @@ def test_a_transform_changes_no_result_and_leaves_no_trace(name: str, model: Loa
         pytest.skip("refused for this model")
     before = {key: value.clone() for key, value in model.model.state_dict().items()}
     plain = logits(model)
-    notes = method.transform(model, observed_for(model, method.statistics(), frozenset({"linear_in"})), 0)
+    with model.temporary():
+        method.prepare(model)
+        observed = observed_for(model, method.transform_statistics(), method.learns_from)
+    assert torch.equal(logits(model), plain)
+    notes = method.transform(model, observed, 0)
     assert notes and all(note.strip() and "\n" not in note for note in notes), "it says what it did"
     assert any(not torch.equal(before[key], value) for key, value in model.model.state_dict().items())
     torch.testing.assert_close(logits(model), plain, rtol=0, atol=EXACT)

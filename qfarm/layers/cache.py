@@ -26,6 +26,7 @@ from qfarm.layers.packing import pack_codes, unpack_codes
 from qfarm.layers.rope import Rotation, rotate, unrotate
 from qfarm.layers.rtn import Quantizer, asymmetric_codes, asymmetric_grid
 from qfarm.layers.sites import Prefill
+from qfarm.layers.turn import Turn
 
 
 class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
@@ -44,6 +45,7 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
         self.state: dict[str, Tensor] = {}
         self.length = 0
         self.starts: Tensor | None = None  # int64 [batch]: index of the first real token under left padding; None: 0
+        self.turn: Turn | None = None  # keys are stored turned, and turned back when they are read
         self.rotation: Rotation | None = None  # of the tokens of the next update, for layers before the embedding
         self._rotations: dict[str, Tensor] = {}  # of all tokens; positions give them, so they count as no storage
 
@@ -73,6 +75,8 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
         return torch.cat([past[0], key_states], dim=-2), torch.cat([past[1], value_states], dim=-2)
 
     def _before_embedding(self, keys: Tensor) -> Tensor:
+        if self.turn is not None:
+            return self.turn.forward(keys)
         if not self.pre_rope or self.rotation is None:
             return keys
         extend(self._rotations, {"cos": self.rotation[0], "sin": self.rotation[1]}, dim=1)
@@ -80,6 +84,8 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
 
     def _dense(self) -> tuple[Tensor, Tensor]:
         keys, values = self.read()
+        if self.turn is not None:
+            keys = self.turn.back(keys)
         if self._rotations:
             keys = rotate(keys.float(), (self._rotations["cos"], self._rotations["sin"]))
         return keys.to(self.dtype), values.to(self.dtype)

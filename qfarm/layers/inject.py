@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from qfarm.errors import InvalidInput, ModelError
+from qfarm.errors import InvalidInput, ModelError, QfarmError
+from qfarm.layers.attention import add_to_sites
 from qfarm.layers.cache import QuantizedLayer
 from qfarm.models.load import LoadedModel
 
@@ -37,7 +38,12 @@ def install_cache(loaded: LoadedModel, makers: Sequence[MakeLayer]) -> None:
     handle = loaded.decoder.register_forward_pre_hook(functools.partial(_inject, loaded, makers), with_kwargs=True)
     loaded.on_restore(handle.remove)
     for block, make in enumerate(makers):
+        turn = loaded.turns.get(block)
+        if turn is not None and turn.queries is not None:
+            add_to_sites(loaded, block, q=turn.queries)
         if make().pre_rope:
+            if turn is not None:
+                raise QfarmError("keys that are rotated after the rotary embedding cannot be stored as before it")
             hook = functools.partial(_hand_over_rotation, block)
             handle = loaded.attention(block).register_forward_pre_hook(hook, with_kwargs=True)
             loaded.on_restore(handle.remove)
@@ -54,8 +60,8 @@ def _inject(
     mask = kwargs.get("attention_mask")
     starts = mask.argmax(dim=1) if isinstance(mask, Tensor) and mask.dim() == 2 else None
     layers = [make() for make in makers]
-    for layer in layers:
-        layer.prefill, layer.starts = loaded.prefill, starts
+    for block, layer in enumerate(layers):
+        layer.prefill, layer.starts, layer.turn = loaded.prefill, starts, loaded.turns.get(block)
     if given is None:
         others = {name: value for name, value in kwargs.items() if name not in KEYWORDS}
         return args, others | {_keyword(module): Cache(layers=layers)}

@@ -63,7 +63,7 @@ def install_sites(loaded: LoadedModel, recipe: Recipe, scheme: Scheme, observed:
 
 def _claimant(recipe: Recipe, site: str) -> ActivationMethod | CacheMethod | None:
     """The step that quantizes this site; None: round to nearest."""
-    claiming = next((method for method in recipe.methods if site in method.claims), None)
+    claiming = recipe.claimant(site)
     if claiming is not None and not isinstance(claiming, ActivationMethod | CacheMethod):
         raise QfarmError(f"{claiming.name} claims {site}, but has no step that quantizes it")
     return claiming
@@ -98,7 +98,8 @@ def _install_tensors(
         raise QfarmError(f"{method.name if method else 'rtn'} claims {site} but quantizes nothing there")
     across = method is not None and not method.causal
     for block in range(len(loaded.blocks)):
-        _install_block(loaded, block, {place: q for place, q in found.items() if place.layer == block}, across)
+        here = {place: q for place, q in found.items() if place.layer == block}
+        _install_block(loaded, block, here, across, method is not None and method.heads_apart)
     _install_simulated_cache(loaded, found)
     if method is not None:
         reports.append(functools.partial(method.report, found))
@@ -116,17 +117,20 @@ def _places(loaded: LoadedModel, site: str) -> Iterator[Place]:
                 yield Place(tensor, block, role)
 
 
-def _install_block(loaded: LoadedModel, block: int, found: dict[Place, Quantizer], across: bool) -> None:
+def _install_block(loaded: LoadedModel, block: int, found: dict[Place, Quantizer], across: bool, by_head: bool) -> None:
     """Install quantizers of one block; `across`: those of linear inputs look across the tokens of a sequence."""
     for roles in loaded.architecture.shared_inputs:
         here = {role: found[place] for role in roles if (place := Place("linear_in", block, role)) in found}
+        if by_head and "o" in here:
+            here["o"] = head_rows(here["o"], loaded.head_dim)
         for role, quantize in _once(loaded, block, here, across).items():
             quantize_input(loaded, block, role, quantize)
     for place, quantize in found.items():
         if place.site == "k_pre_rope":
             transform_output(loaded, loaded.key_maker(block), head_rows(quantize, loaded.head_dim))
         elif place.site in ("q", "probs"):
-            add_to_sites(loaded, block, **{place.site: quantize})
+            turn = loaded.turns.get(block) if place.site == "q" else None
+            add_to_sites(loaded, block, **{place.site: quantize if turn is None else turn.around(quantize)})
 
 
 def _once(loaded: LoadedModel, block: int, found: dict[str, Quantizer], across: bool) -> dict[str, Quantizer]:

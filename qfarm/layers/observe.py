@@ -11,7 +11,7 @@ from qfarm.inputs import Collector, InputStatistics, Statistic
 from qfarm.layers.attention import add_to_sites
 from qfarm.layers.rtn import Quantizer
 from qfarm.layers.sites import Place
-from qfarm.models.architecture import absorbs_scale
+from qfarm.layers.turn import Turn
 from qfarm.models.load import LoadedModel
 from qfarm.walk import BATCH_TOKENS, Walk
 
@@ -25,15 +25,16 @@ class _Recorders:
         self.wanted, self.tokens, self.current = wanted, tokens, -1
         self.collectors: dict[Place, Collector] = {}
 
-    def at(self, place: Place) -> Quantizer:
-        """A function that returns what it is given, and remembers it."""
+    def at(self, place: Place, turn: Turn | None = None) -> Quantizer:
+        """A function that returns what it is given, and remembers it, turned where its quantizer will see it so."""
         collector = self.collectors[place] = Collector(self.wanted, self.tokens)
 
         def listen(x: Tensor) -> Tensor:
             if self.current == place.layer:
                 collector.stats.heads = x.shape[1] if place.site in _IN_ATTENTION else None
+                seen = x if turn is None else turn.forward(x)
                 # One row per token, all heads side by side: [batch, heads, tokens, d] -> [batch, tokens, heads x d].
-                collector.add(x.transpose(1, 2).flatten(2) if place.site in _IN_ATTENTION else x.flatten(2))
+                collector.add(seen.transpose(1, 2).flatten(2) if place.site in _IN_ATTENTION else seen.flatten(2))
             return x
 
         return listen
@@ -60,7 +61,8 @@ def observe(
     recorders = _Recorders(wanted, windows.numel())
     with loaded.temporary():
         for block in range(len(loaded.blocks)):
-            listeners = {s: recorders.at(Place(s, block)) for s in _IN_ATTENTION if s in sites}
+            turns = {} if block not in loaded.turns else dict.fromkeys(("q", "k"), loaded.turns[block])
+            listeners = {s: recorders.at(Place(s, block), turns.get(s)) for s in _IN_ATTENTION if s in sites}
             if listeners:
                 add_to_sites(loaded, block, **listeners)
             if "k_pre_rope" in sites:
@@ -86,7 +88,7 @@ def _linear_inputs(
     linears, groups = loaded.linears(block), loaded.architecture.shared_inputs
     collected = walk.collect(block, {group: linears[group[0]] for group in groups}, wanted, keep_outputs=True)
     for group, stats in collected.items():
-        stats.foldable = absorbs_scale(loaded.model.config.to_dict(), group)
+        stats.foldable = loaded.absorbs_scale(block, group)
         stats.divided = loaded.divided.get((block, group))
         for role in group:
             yield Place("linear_in", block, role), stats

@@ -23,6 +23,8 @@ class Architecture:
     mlp_size: str  # the configuration's key for the width of the MLP
     attention: str  # path of the attention module, from a block
     norms: Mapping[tuple[str, ...], str]  # group of layers -> path of the norm that makes their input, from a block
+    final_norm: str  # path of the norm before the head, from the causal-LM module
+    embeddings: tuple[str, ...]  # paths of the tables whose rows add up to the first hidden state, alike
     key_norm: str | None = None  # path of the norm of each key head, from a block
 
 
@@ -41,6 +43,8 @@ _LLAMA = Architecture(
     mlp_size="intermediate_size",
     attention="self_attn",
     norms={("q", "k", "v"): "input_layernorm", ("gate", "up"): "post_attention_layernorm"},
+    final_norm="model.norm",
+    embeddings=("model.embed_tokens",),
 )
 
 _OPT = Architecture(
@@ -57,6 +61,8 @@ _OPT = Architecture(
     mlp_size="ffn_dim",
     attention="self_attn",
     norms={("q", "k", "v"): "self_attn_layer_norm", ("up",): "final_layer_norm"},
+    final_norm="model.decoder.final_layer_norm",
+    embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -83,12 +89,17 @@ def _size(config: Config, key: str, reference: str) -> int:
     return value
 
 
+def head_width(config: Config, reference: str) -> int:
+    """Numbers in a head. Raises ModelError if that cannot be known."""
+    hidden, heads = (_size(config, key, reference) for key in ("hidden_size", "num_attention_heads"))
+    return config.get("head_dim") or hidden // heads
+
+
 def linear_shapes(config: Config, reference: str) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of each role's layer in one decoder block. Raises ModelError if they cannot be known."""
     architecture = architecture_of(config, reference)
     hidden, heads = (_size(config, key, reference) for key in ("hidden_size", "num_attention_heads"))
-    mlp = _size(config, architecture.mlp_size, reference)
-    head = config.get("head_dim") or hidden // heads
+    mlp, head = _size(config, architecture.mlp_size, reference), head_width(config, reference)
     kv = config.get("num_key_value_heads") or heads
     shapes = {
         "q": (heads * head, hidden),
@@ -114,6 +125,17 @@ def absorbs_scale(config: Config, roles: tuple[str, ...]) -> bool:
         return True
     # Post-norm OPT adds the norm's output to the residual as well.
     return config["activation_function"] == "relu" if roles == ("down",) else bool(config["do_layer_norm_before"])
+
+
+def rotation_rule(config: Config) -> str | None:
+    """Why the hidden states of this model cannot be rotated, or None: its norms must be the only ones to read them."""
+    if config.get("model_type") != "opt":
+        return None
+    if not config.get("do_layer_norm_before", True):
+        return "the norms of this model stand in the residual stream (post-norm), where no rotation passes them"
+    if config.get("word_embed_proj_dim", config["hidden_size"]) != config["hidden_size"]:
+        return "embeddings and hidden states of this model have different widths"
+    return "this model has no norm before its head" if config.get("_remove_final_layer_norm") else None
 
 
 def parameter_counts(config: Config, reference: str) -> tuple[int, int]:

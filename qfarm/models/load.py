@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qfarm.errors import Failure, ModelError, NonFinite, classify
 from qfarm.layers.sites import Prefill
-from qfarm.models.architecture import Architecture, architecture_of
+from qfarm.layers.turn import Turn
+from qfarm.models.architecture import Architecture, absorbs_scale, architecture_of
 from qfarm.models.reference import ModelFacts, first_line, unreachable
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -30,6 +31,10 @@ class LoadedModel:
         self.chunk: int | None = None
         # Factors folded into the norms before groups of layers, by block and group, for methods that go on from there.
         self.divided: dict[tuple[int, tuple[str, ...]], Tensor] = {}
+        # How keys are turned where they are quantized, by block: a rotation that the weights cannot carry.
+        self.turns: dict[int, Turn] = {}
+        self.stored_beside = 0  # bytes that a transform needs beside the parameters
+        self._parameters: int = sum(p.numel() for p in model.parameters())
         self._undo: list[Callable[[], object]] = []
         self._replaced: set[tuple[nn.Module, str]] = set()  # parameters whose originals are kept
 
@@ -70,6 +75,21 @@ class LoadedModel:
         """The norm that makes the input of these layers, or None where something else does."""
         path = self.architecture.norms.get(group)
         return None if path is None else self.blocks[block].get_submodule(path)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm before the head."""
+        return self.model.get_submodule(self.architecture.final_norm)  # type: ignore[no-any-return]
+
+    @property
+    def embeddings(self) -> list[nn.Module]:
+        """The tables whose rows add up to the first hidden state."""
+        return [self.model.get_submodule(path) for path in self.architecture.embeddings]
+
+    def absorbs_scale(self, block: int, group: tuple[str, ...]) -> bool:
+        """Whether the operator before these layers can absorb a factor per input column, the model unchanged."""
+        online = bool(self.linears(block)[group[0]]._forward_pre_hooks)  # a rotation between the two mixes columns
+        return not online and absorbs_scale(self.model.config.to_dict(), group)
 
     def key_maker(self, block: int) -> nn.Module:
         """The module whose output are the keys before the rotary embedding."""
@@ -142,10 +162,13 @@ class LoadedModel:
     def other_bytes(self) -> int:
         """Bytes of everything but the decoder linears' weights, shared tensors counted once."""
         skip = {id(linear.weight) for i in range(len(self.blocks)) for linear in self.linears(i).values()}
-        return sum(p.numel() * p.element_size() for p in self.model.parameters() if id(p) not in skip)
+        kept = (p.numel() * p.element_size() for p in self.model.parameters() if id(p) not in skip)
+        total: int = sum(kept)
+        return self.stored_beside + total
 
     def parameter_count(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
+        """Parameters of the model as it was loaded; a head that was given weights of its own counts once."""
+        return self._parameters
 
 
 def load(facts: ModelFacts, dtype: str, device: torch.device) -> LoadedModel:
