@@ -83,12 +83,17 @@ def _size(config: Config, key: str, reference: str) -> int:
     return value
 
 
+def head_width(config: Config, reference: str) -> int:
+    """Numbers in a head. Raises ModelError if that cannot be known."""
+    hidden, heads = (_size(config, key, reference) for key in ("hidden_size", "num_attention_heads"))
+    return config.get("head_dim") or hidden // heads
+
+
 def linear_shapes(config: Config, reference: str) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of each role's layer in one decoder block. Raises ModelError if they cannot be known."""
     architecture = architecture_of(config, reference)
     hidden, heads = (_size(config, key, reference) for key in ("hidden_size", "num_attention_heads"))
-    mlp = _size(config, architecture.mlp_size, reference)
-    head = config.get("head_dim") or hidden // heads
+    mlp, head = _size(config, architecture.mlp_size, reference), head_width(config, reference)
     kv = config.get("num_key_value_heads") or heads
     shapes = {
         "q": (heads * head, hidden),
