@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from io import StringIO
 from pathlib import Path
@@ -17,7 +16,7 @@ from qfarm.console import Chat
 from qfarm.errors import InvalidInput
 from qfarm.layers.cache import RTNLayer
 from qfarm.worker import Session
-from tests.conftest import save_tiny
+from tests.conftest import save_tiny, speaking
 from tests.test_worker import Farm, make_job
 
 TEMPLATE = (
@@ -38,10 +37,7 @@ SAID = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Hell
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model whose tokenizer has a chat template."""
-    folder = save_tiny(tmp_path_factory.mktemp("talker"), "llama")
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
-    return folder
+    return speaking(save_tiny(tmp_path_factory.mktemp("talker"), "llama"), TEMPLATE)
 
 
 @pytest.fixture
@@ -89,9 +85,8 @@ def test_an_answer_is_what_generate_gives_with_the_quantized_cache(session: Sess
     ids = prompt_ids(model.tokenizer, SAID)
     assert ids[0] == 256 and 256 not in ids[1:]
     with torch.no_grad(), model.reading_cache("full"):
-        made = model.model.generate(
-            torch.tensor([ids]), max_new_tokens=12, do_sample=False, return_dict_in_generate=True
-        )
+        options = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+        made = model.model.generate(torch.tensor([ids]), **options)
     layers = (made.get("cache") or made.get("past_key_values")).layers
     assert all(isinstance(layer, RTNLayer) for layer in layers)
     expected = model.tokenizer.decode(made.sequences[0, len(ids) :], skip_special_tokens=True)

@@ -15,7 +15,7 @@ from qfarm.evaluate import build_evaluator, eval_id, parse_evaluation
 from qfarm.evaluate import needle as needle_module
 from qfarm.evaluate.needle import FILLER, QUESTION, Needle, prompt
 from qfarm.worker import Session
-from tests.conftest import save_tiny
+from tests.conftest import save_tiny, speaking
 from tests.test_perplexity import make_cell
 
 GRID: dict[str, Any] = {"lengths": [640, 1000], "depths": [0, 50, 100], "keys": 2}  # of a tokenizer of single bytes
@@ -23,7 +23,7 @@ GRID: dict[str, Any] = {"lengths": [640, 1000], "depths": [0, 50, 100], "keys": 
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("long"), "llama", max_position_embeddings=1024)
+    return speaking(save_tiny(tmp_path_factory.mktemp("long"), "llama", max_position_embeddings=1024))
 
 
 @pytest.fixture
@@ -65,9 +65,11 @@ def test_a_prompt_is_as_long_as_it_may_be_and_its_needle_as_deep(session: Sessio
 
 def test_a_grid_in_which_the_deep_half_is_found(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found if the key is anywhere in the answer; intervals against Wilson's formula."""
-    answering(
-        monkeypatch, session, lambda t: f" '{key_in(t)}'." if "harbour" not in t.split("secret number is")[0] else "no"
-    )
+
+    def reply(text: str) -> str:
+        return "no" if "harbour" in text.split("secret number is")[0] else f" '{key_in(text)}'."
+
+    answering(monkeypatch, session, reply)
     result = Needle(**GRID).run(session, lambda done, total: None)
     metrics = {metric.metric: metric for metric in result.metrics}
     assert list(metrics) == ["acc", *(f"acc {length} at {depth} %" for length in (640, 1000) for depth in (0, 50, 100))]
