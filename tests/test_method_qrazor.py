@@ -352,19 +352,6 @@ def test_stored_bits_of_the_cache(group: int, heads: int) -> None:
     assert unpack_codes(layer.state["k_codes"], 4, 128).max() < 16
 
 
-def test_tokens_are_stored_alike_however_they_come() -> None:
-    """Stateless per token: one call, single tokens, chunks, and behind padding."""
-    keys, values = torch.randn(2, 2, 3, 9, 32, generator=torch.manual_seed(0))
-    at_once, by_parts, behind = (RazorLayer(4, 8, 8) for _ in range(3))
-    at_once.update(keys, values)
-    for start, stop in ((0, 1), (1, 2), (2, 7), (7, 9)):
-        by_parts.update(keys[:, :, start:stop], values[:, :, start:stop])
-    behind.update(*(torch.cat([100 + x[:, :, :4], x], dim=2) for x in (keys, values)))
-    assert at_once.state.keys() == by_parts.state.keys()
-    for name, tensor in at_once.state.items():
-        assert torch.equal(by_parts.state[name], tensor) and torch.equal(behind.state[name][:, :, 4:], tensor)
-
-
 def test_heads_may_be_repeated_before_or_after() -> None:
     keys, past = draw(1, 2, 5, 32), draw(1, 2, 5, 32, seed=1)
     few, many = RazorLayer(4, 8, 8), RazorLayer(4, 8, 8)
