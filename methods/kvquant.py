@@ -49,7 +49,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from qfarm.codebook import kmeans_levels, nearest_level, normal_levels, percentiles
-from qfarm.errors import NonFinite
+from qfarm.errors import InvalidInput, NonFinite
 from qfarm.inputs import InputStatistics, Statistic
 from qfarm.layers.cache import QuantizedLayer, extend
 from qfarm.layers.inject import MakeLayer
@@ -80,8 +80,11 @@ class KVQuant(CacheMethod):
         keys, values = (observed[Place(site, block)] for site in ("k_pre_rope", "v"))
         for site, found in (("keys", keys), ("values", values)):
             assert found.values is not None
-            if not bool(torch.isfinite(found.values).all()):
-                raise NonFinite(f"kvquant: {site} of block {block} hold NaN or Inf on the calibration text")
+            # Ranges are float16, of which 65,504 is the largest.
+            if not bool(torch.isfinite(found.values.half()).all()):
+                raise NonFinite(f"kvquant: {site} of block {block} hold NaN, Inf or too much for float16")
+            if found.values.shape[1] <= self.first_tokens:
+                raise InvalidInput(f"kvquant: first_tokens {self.first_tokens} leaves nothing of a calibration window")
         low, high = channel_ranges(_rows(keys), self.outliers)
         by_token = functools.partial(split_values, outliers=self.outliers)
         return functools.partial(

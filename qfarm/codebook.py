@@ -19,9 +19,12 @@ EDGE = 0.5 * (1 / 32 + 1 / 30)
 def kmeans_levels(values: Tensor, weights: Tensor, count: int) -> Tensor:
     """The `count` levels with about the least weighted squared error, float32, ascending; values, weights [n].
 
-    Fewer distinct values than levels: the largest is repeated. Weights are relative; all zero: all alike.
+    Fewer distinct values than levels: the largest is repeated; no values: zeros. Weights are relative; all zero:
+    all alike.
     """
     values, weights = values.flatten().double(), weights.flatten().double()
+    if not len(values):
+        return torch.zeros(count)
     mean = weights.mean()
     weights = weights / mean + 1e-12 if mean > 0 else torch.ones_like(weights)
     fine = _bins(values, weights, FINE)

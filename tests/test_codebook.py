@@ -66,6 +66,7 @@ def test_many_numbers_go_through_bins_and_lose_nothing(monkeypatch: pytest.Monke
 
 def test_fewer_distinct_numbers_than_levels() -> None:
     assert kmeans_levels(torch.tensor([2.0, 1.0, 2.0]), torch.ones(3), 4).tolist() == [1, 2, 2, 2]
+    assert kmeans_levels(torch.empty(0), torch.empty(0), 2).tolist() == [0, 0]
 
 
 def test_normal_levels_are_the_published_ones() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qfarm.codebook import nearest_level
-from qfarm.errors import NonFinite
+from qfarm.errors import InvalidInput, NonFinite
 from qfarm.inputs import InputStatistics
 from qfarm.layers.inject import install_cache
 from qfarm.layers.install import install_sites
@@ -179,8 +179,10 @@ def test_q_norm_reads_back_the_mean_and_deviation_of_what_was_rounded() -> None:
 def test_calibration_that_is_not_finite_is_refused() -> None:
     values = torch.zeros(1, 4, 8)
     values[0, 2, 3] = torch.nan
-    with pytest.raises(NonFinite, match="^kvquant: keys of block 0 hold NaN or Inf on the calibration text$"):
+    with pytest.raises(NonFinite, match="^kvquant: keys of block 0 hold NaN, Inf or too much for float16$"):
         KVQuant().cache_layer(0, 4, fisher(values))
+    with pytest.raises(InvalidInput, match="^kvquant: first_tokens 4 leaves nothing of a calibration window$"):
+        KVQuant(first_tokens=4).cache_layer(0, 4, fisher(torch.zeros(1, 4, 8)))
 
 
 # -- the cache layer --------------------------------------------------------------------------------------------------
