@@ -150,7 +150,7 @@ def prompt(tokenizer: Any, key: str, length: int, depth: int) -> list[int]:
     """
     sizes = [len(tokenizer.encode(sentence, add_special_tokens=False)) for sentence in FILLER]
     count = max(1, length * len(FILLER) // sum(sizes))
-    while count:
+    while count > 0:
         sentences = [FILLER[index % len(FILLER)] for index in range(count)]
         before = round(count * depth / 100)
         text = "".join([INSTRUCTION, *sentences[:before], NEEDLE.format(key=key), *sentences[before:]])
