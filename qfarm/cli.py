@@ -1,4 +1,4 @@
-"""The command line: `qfarm plan`, `submit`, `report`, `show`, `compare`, `methods`, `bench`, `store check`.
+"""The command line: `qfarm plan`, `submit`, `report`, `show`, `compare`, `chat`, `methods`, `bench`, `store check`.
 
 It only says where and how to run; every experiment option stands in the job file. Exit codes: 0 all well, 1 some
 cells failed for good, 2 bad input, 130 interrupted.
@@ -322,6 +322,52 @@ def compare(first: str, second: str, store: str | None, style: str, margin: str 
 
 
 @group.command()
+@click.argument("cell")
+@click.option("--store", metavar="STORE", help="Where CELL is looked up; default: the last one submitted to.")
+@click.option("--job", metavar="JOB", help="Take CELL from this job file instead; it need not have been run.")
+@click.option("--prompts", metavar="FILE", help="Answer each line of FILE on its own and end.")
+@click.option("--new-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Most of an answer.")
+@DATA
+def chat(cell: str, store: str | None, job: str | None, prompts: str | None, new_tokens: int, data: str | None) -> None:
+    """Talk to CELL, by id (or its beginning) or by label: greedy, with the tokenizer's chat template.
+
+    The model is loaded and quantized again in this process. An empty line or `exit` ends the conversation.
+
+    \b
+    Examples:
+      qfarm chat "kivi kv4"
+      qfarm chat baseline --job jobs/kv_cache.yaml --prompts questions.txt
+    """
+    from qfarm.console import Chat
+
+    if store and job:
+        raise InvalidInput("--store and --job exclude each other")
+    questions = _lines(prompts) if prompts else None
+    if job:
+        from qfarm.matrix import find_cell
+
+        checked = _load(job)
+        _cpu_only_if_asked(checked)
+        chosen = find_cell(tuple(planned.cell for planned in _plan(checked, None, data, provisional=False).cells), cell)
+    else:
+        from qfarm.chat import stored_cell
+
+        chosen = stored_cell(_open(store or _last_store()), cell)
+    from qfarm.chat import SYSTEM, answer, open_cell
+    from qfarm.environment import data_folder
+
+    screen = Chat()
+    session = open_cell(chosen, data_folder(data), screen.progress)
+    said: list[dict[str, str]] = [{"role": "system", "content": SYSTEM}]
+    for question in questions if questions is not None else screen.questions(chosen.label):
+        if questions is not None:  # each is a conversation of its own
+            screen.echo(question)
+            said = said[:1]
+        said.append({"role": "user", "content": question})
+        said.append({"role": "assistant", "content": screen.stream(answer(session, said, new_tokens))})
+
+
+@group.command()
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
     """List the methods, or explain one: formula, options with defaults and ranges, differences from its paper.
@@ -493,6 +539,17 @@ def _last_store() -> str:
     if path is None:
         raise StoreError("no store named and none remembered: give its folder, e.g. qfarm report results/quickstart")
     return path.read_text()
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a file that are not blank. Raises InvalidInput."""
+    try:
+        found = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not found:
+        raise InvalidInput(f"{path}: holds no prompt; write one per line")
+    return found
 
 
 def _margins(text: str | None) -> Mapping[str, Margin]:

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -24,7 +24,7 @@ from rich.text import Text
 
 from qfarm.events import Event, Failed, Finished, JobEnded, JobStarted, Note, Progressed, Started
 from qfarm.matrix import Cell
-from qfarm.report.figures import duration, number, plain, plural
+from qfarm.report.figures import duration, number, plain, plural, printable
 
 LATEST = 5  # finished cells that stay in view
 ERROR_SHOWN = 300  # characters of an error
@@ -37,6 +37,38 @@ _WORKER_GONE = ("worker_died", "node_died", "preempted")
 def print_error(message: str) -> None:
     """One line on stderr."""
     print(f"error: {plain(message)}", file=sys.stderr)
+
+
+class Chat:
+    """A conversation on a terminal, or its answers in a pipe. Both sides' text is foreign."""
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """One line on stderr, rewritten on a terminal."""
+        if sys.stderr.isatty():
+            count = f" {done}/{total}" if total else ""
+            print(f"\r{stage}{count}\x1b[K", end="\n" if total and done == total else "", file=sys.stderr, flush=True)
+
+    def questions(self, name: str) -> Iterator[str]:
+        """Lines from standard input until it ends, or one is empty or `exit`."""
+        print(f"{plain(name)}; an empty line or `exit` ends", file=sys.stderr)
+        while True:
+            print("> ", end="", flush=True)
+            line = sys.stdin.readline()
+            if line.strip() in ("", "exit"):
+                return
+            yield line.strip()
+
+    def echo(self, question: str) -> None:
+        print(f"> {plain(question)}")
+
+    def stream(self, pieces: Iterator[str]) -> str:
+        """Print pieces of an answer as they come, and return it whole."""
+        found = []
+        for piece in pieces:
+            found.append(piece)
+            print(printable(piece), end="", flush=True)
+        print("\n")
+        return "".join(found)
 
 
 @dataclasses.dataclass

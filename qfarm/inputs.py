@@ -27,11 +27,13 @@ class Statistic(enum.StrEnum):
     MEAN_ABS = "mean_abs"
     MAX_ABS = "max_abs"
     RANGE = "range"  # smallest and largest value of each feature
+    SENSITIVITY = "sensitivity"  # every number with its squared gradient; of keys and values only (layers/gradients)
 
     @property
     def fields(self) -> tuple[str, ...]:
         """Where `InputStatistics` has it."""
-        return ("low", "high") if self is Statistic.RANGE else (self.value,)
+        apart = {Statistic.RANGE: ("low", "high"), Statistic.SENSITIVITY: ("values", "sensitivity")}
+        return apart.get(self, (self.value,))
 
 
 NORMED = frozenset({Statistic.NORMALISED_HESSIAN, Statistic.SAMPLE})  # what asks for the norms of tokens
@@ -49,6 +51,8 @@ class InputStatistics:
     max_abs: Tensor | None = None  # float32 [n]: largest |x|
     low: Tensor | None = None  # float32 [n]: smallest x
     high: Tensor | None = None  # float32 [n]: largest x
+    values: Tensor | None = None  # [windows, length, n], in the model's dtype, in host memory: every x
+    sensitivity: Tensor | None = None  # bfloat16, alike: the squared gradient of its window's loss
     divided: Tensor | None = None  # [n]: factors by which a transform has divided these features
     heads: int | None = None  # at sites in attention: how many heads the features are of, side by side
     bits: int = 16  # to which these inputs will be quantized; 16: not

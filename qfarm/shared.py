@@ -28,7 +28,7 @@ Group = tuple[str, ...]  # roles of layers that read the same input
 SQUARE = frozenset({Statistic.HESSIAN, Statistic.NORMALISED_HESSIAN})
 SMALLEST_SHARE = 1 / 8  # of a machine's memory, for a worker that takes few of its cores (an unpublished value)
 
-OBSERVED_BYTES = 256 << 20  # of observed statistics that a worker keeps on the model's device (an unpublished value)
+OBSERVED_BYTES = 1 << 30  # of observed statistics that a worker keeps (an unpublished value)
 
 
 class SharedStatistics:

@@ -366,11 +366,17 @@ def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> tup
     )
     for note in substitutes(solver.name, layers):
         session.note(note)
-    installed = install_sites(session.loaded, recipe, scheme, observed)
+    installed = install_sites(session.loaded, recipe, scheme, observed, windows)
     session.causal = installed.causal is not False
     for note in installed.notes:
         session.note(note)
-    return layers, installed
+    return [_with_table(layer, installed) for layer in layers], installed
+
+
+def _with_table(layer: LayerResult, installed: Installed) -> LayerResult:
+    """The layer's result with what calibration fixed for the cache that it writes to."""
+    table = installed.tables.get((layer.layer, layer.role))
+    return dataclasses.replace(layer, notes=layer.notes | {"kv_cache": table}) if table else layer
 
 
 def substitutes(name: str, layers: Sequence[LayerResult]) -> Iterator[str]:

@@ -85,6 +85,18 @@ def save_tiny(folder: Path, family: str, **changes: Any) -> Path:
     return folder
 
 
+def speaking(folder: Path, template: str | None = None) -> Path:
+    """The same checkpoint with a tokenizer that decodes to plain text, and a chat template where one is given."""
+    from tokenizers import decoders
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of tiny checkpoints by family."""

@@ -25,12 +25,13 @@ from qfarm.quantized import QuantizedWeight
 from qfarm.quantizer import Grid
 from qfarm.recipe import Method, Recipe, WeightSolver, Wrapper, build_method, lookup, parse_recipe
 
-# Methods whose defaults are meant for real models: iterations that take long, a rank that exceeds tiny layers; and the
-# options with which a method that can be a transform is one.
+# Methods whose defaults are meant for real models: iterations that take long, a rank that exceeds tiny layers, a
+# residual window that exceeds short texts; and the options with which a method that can be a transform is one.
 FAST: dict[str, dict[str, Any]] = {
     "autoround": {"iterations": 6},
     "crossquant": {"mode": "folded"},
     "fptq": {"v0": 0.5},
+    "kivi": {"group": 8, "residual": 16},
     "ptq161": {"epochs": 2},
     "qera": {"rank": 8},
     "spinquant": {"steps": 0},

@@ -127,7 +127,7 @@ def test_options_that_change_results_change_the_identity(tmp_path: Path) -> None
     ids = {eval_id(protocol(Tasks(task=path, **each))) for each in options}
     assert len(ids) == len(options)
     # What cannot change a result does not: an unused seed, the task's own number of examples, the file's place.
-    same = [{"seed": 2}, {"few_shot": 0}, {"prefill": "full"}]
+    same = [{"seed": 2}, {"few_shot": 0}, {"prefill": "quantized"}]
     assert {eval_id(protocol(Tasks(task=path, **each))) for each in same} == {eval_id(protocol(Tasks(task=path)))}
     moved = tmp_path / "elsewhere"
     moved.mkdir()
@@ -135,10 +135,18 @@ def test_options_that_change_results_change_the_identity(tmp_path: Path) -> None
 
 
 def test_prefill_belongs_to_cells_with_a_quantized_cache(tmp_path: Path) -> None:
-    path = str(choice_task(tmp_path))
-    kinds = [Tasks(task=path), Tasks(task=path, prefill="full")]
+    kinds = [Tasks(task=str(choice_task(tmp_path))), Tasks(task="gsm8k"), Tasks(task="gsm8k", prefill="quantized")]
     found = [task.protocol("t", "float32", lambda name, part: "", kv=True) for task in kinds]
-    assert [each["kv"]["prefill"] for each in found] == ["quantized", "full"]
+    assert [each["kv"]["prefill"] for each in found] == ["quantized", "full", "quantized"]
+
+
+@pytest.mark.parametrize("name", ["boolq", "csqa", "truthfulqa"])
+def test_likelihoods_of_prompts_that_are_read_in_full_are_refused(name: str) -> None:
+    """They would say nothing about the cache; a suite in which only some tasks generate reads what is stored too."""
+    line = f"^tasks: prefill: full is for tasks that generate; {name} scores likelihoods$"
+    with pytest.raises(InvalidInput, match=line):
+        Tasks(task=name, prefill="full")
+    assert Tasks(task=name).reading_cache()["prefill"] == "quantized"
 
 
 def test_a_file_named_from_here_is_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

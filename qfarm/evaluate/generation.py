@@ -11,6 +11,7 @@ The baseline's continuations are kept in the machine's cache and computed again 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +35,7 @@ from qfarm.text import Part, absolute, public_name, reference
 from qfarm.windows import Piece, Windows
 
 if TYPE_CHECKING:
+    from qfarm.models.load import LoadedModel
     from qfarm.worker import Session
 
 BATCH_TOKENS = 2048  # of prompts per batch; fixed, since the batch's shape can move the last bits of a logit
@@ -130,21 +132,23 @@ EVALUATOR = Generation
 
 @torch.no_grad()
 def greedy(session: Session, ids: Tensor, new_tokens: int) -> Tensor:
-    """Most probable continuations, int64 [prompts, new tokens], of prompts [prompts, tokens] of one length.
+    """Most probable continuations, int64 [prompts, new tokens], of prompts [prompts, tokens] of one length."""
+    return torch.cat(list(itertools.islice(greedy_steps(session.loaded, ids), new_tokens)), dim=1).cpu()
+
+
+def greedy_steps(loaded: LoadedModel, ids: Tensor) -> Iterator[Tensor]:
+    """The most probable next token of each prompt, int64 [prompts, 1], without end; called without gradients.
 
     The KV cache is the one that the model itself returns, so that an installed quantized one is used. Raises NonFinite.
     """
-    model, head = session.loaded.model.base_model, session.loaded.head
-    step, past = ids.to(session.loaded.device), None
-    found = []
-    for index in range(new_tokens):
-        out = model(input_ids=step, past_key_values=past, use_cache=True)
-        logits = head(out.last_hidden_state[:, -1])  # [prompts, vocabulary]
+    step, past = ids.to(loaded.device), None
+    for index in itertools.count():
+        out = loaded.model.base_model(input_ids=step, past_key_values=past, use_cache=True)
+        logits = loaded.head(out.last_hidden_state[:, -1])  # [prompts, vocabulary]
         if not bool(torch.isfinite(logits).all()):
             raise NonFinite(f"a logit of new token {index} is not finite")
         past, step = out.past_key_values, logits.argmax(-1, keepdim=True)
-        found.append(step)
-    return torch.cat(found, dim=1).cpu()
+        yield step
 
 
 def first_difference(tokens: NDArray[Any], before: NDArray[Any]) -> NDArray[np.int64]:

@@ -58,8 +58,8 @@ class Tasks(Evaluator):
     seed: int = Field(1234, ge=0, description="of the choice of examples; 1234 is lm-eval's")
     chat_template: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
     batch_tokens: int = Field(4096, ge=1, description="per forward pass; the last bits of a result depend on it")
-    prefill: Literal["full", "quantized"] = Field(
-        "quantized", description="what a prompt's tokens see of a quantized KV cache; no part of other cells' protocol"
+    prefill: Literal["full", "quantized"] | None = Field(
+        None, description="what a prompt's tokens see of a quantized KV cache; default: full where all tasks generate"
     )
 
     def __post_init__(self) -> None:
@@ -67,6 +67,9 @@ class Tasks(Evaluator):
             object.__setattr__(self, "task", str(Path(self.task).expanduser().resolve()))  # workers run elsewhere
         if all(leaf.few_shot(self.few_shot) == leaf.few_shot(None) for leaf in self.entry.leaves):
             object.__setattr__(self, "few_shot", None)  # the same evaluation, however it is written
+        if self.prefill == "full" and not self._generates():
+            # One forward pass of a prompt that is read in full shows no error of the cache at all.
+            raise InvalidInput(f"tasks: prefill: full is for tasks that generate; {self.entry.name} scores likelihoods")
 
     @classmethod
     def expand(cls, options: object) -> list[Mapping[str, Any]]:
@@ -101,7 +104,12 @@ class Tasks(Evaluator):
         return any(leaf.few_shot(self.few_shot) for leaf in self.entry.leaves)
 
     def reading_cache(self) -> dict[str, Any]:
-        return {"prefill": self.prefill, "chunk": None}
+        """Prompts of answers that are generated are read in full, as deployed caches do; what is scored, as stored."""
+        return {"prefill": self.prefill or ("full" if self._generates() else "quantized"), "chunk": None}
+
+    def _generates(self) -> bool:
+        """Whether no task of the suite scores likelihoods."""
+        return all(leaf.config.get("output_type", "generate_until") == "generate_until" for leaf in self.entry.leaves)
 
     def protocol(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Without what cannot matter: the place of a task's file, prefill (see reading_cache), an unused seed."""

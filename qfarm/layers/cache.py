@@ -9,7 +9,8 @@ several tokens hands back is a choice of the evaluation:
                 forward pass alone shows no error at all.
     windowed    the same, where the evaluation feeds the text in chunks.
 
-A call with one token hands back what is stored, in all three.
+A call with one token hands back what is stored, in all three. A layer with a residual window (KIVI) has it
+in full precision even then: `settle` quantizes what is due after it was read.
 """
 
 from __future__ import annotations
@@ -57,6 +58,13 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
         """Everything stored, dense, in order."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """Quantize what no longer belongs to the residual window; layers that quantize in `append` have none."""
+
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """What calibration fixed for this layer, by the role of the linear layer that it is of; for the records."""
+        return {}
+
     def stored_bytes(self) -> int:
         """Bytes of what is stored, metadata included."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state.values())
@@ -64,10 +72,16 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        keeps = self.prefill != "quantized" and key_states.shape[-2] > 1
+        tokens = key_states.shape[-2]
+        keeps = self.prefill != "quantized" and tokens > 1
         past = self._dense() if keeps and self.length else None
         self.append(self._before_embedding(key_states), value_states)
-        self.length += key_states.shape[-2]
+        self.length += tokens
+        if tokens == 1:
+            found = self._dense()
+            self.settle()
+            return found
+        self.settle()
         if not keeps:
             return self._dense()
         if past is None:

@@ -37,6 +37,7 @@ def install_cache(loaded: LoadedModel, makers: Sequence[MakeLayer]) -> None:
         raise ModelError(f"a quantized KV cache needs plain attention; the model has {', '.join(unknown)} blocks")
     handle = loaded.decoder.register_forward_pre_hook(functools.partial(_inject, loaded, makers), with_kwargs=True)
     loaded.on_restore(handle.remove)
+    loaded.on_restore(loaded.decoder.register_forward_hook(_require_use, with_kwargs=True).remove)
     for block, make in enumerate(makers):
         turn = loaded.turns.get(block)
         if turn is not None and turn.queries is not None:
@@ -78,6 +79,13 @@ def _keyword(module: nn.Module) -> str:
     return next(name for name in KEYWORDS if name in inspect.signature(module.forward).parameters)
 
 
+def _require_use(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    """Nothing is measured on a path that bypasses the cache."""
+    cache = given_cache(kwargs)
+    if cache is None or not all(layer.get_seq_length() for layer in cache.layers):
+        raise ModelError(f"{type(module).__name__} did not write to the quantized KV cache that it was given")
+
+
 def _is_quantized(cache: Cache | None) -> bool:
     return cache is not None and any(isinstance(layer, QuantizedLayer) for layer in cache.layers)
 
@@ -94,12 +102,26 @@ def stored_bits(loaded: LoadedModel, makers: Sequence[MakeLayer], tokens: int = 
     """Stored bits per cached number of one sequence, metadata included, by writing normal noise to real layers."""
     width = loaded.head_dim
     noise = torch.Generator().manual_seed(0)
-    total = count = 0
-    for block, make in enumerate(makers):
+    layers = [make() for make in makers]
+    count = 0
+    for block, layer in enumerate(layers):
         heads = loaded.linears(block)["k"].out_features // width
         tensor = torch.randn(1, heads, tokens, width, generator=noise).to(loaded.device, loaded.dtype)
-        layer = make()
-        layer.append(tensor, tensor)
-        total += layer.stored_bytes()
+        layer.update(tensor, tensor)
         count += 2 * tensor.numel()
-    return 8 * total / count
+    return _bits(layers, count)
+
+
+@torch.no_grad()
+def stored_bits_of_text(loaded: LoadedModel, makers: Sequence[MakeLayer], ids: Tensor) -> float:
+    """The same for token ids [tokens], where what is stored depends on it; the cache is installed already."""
+    layers = [make() for make in makers]
+    ids = ids[: min(PROBE_TOKENS, loaded.model.config.max_position_embeddings)]
+    cache = {_keyword(loaded.model.base_model): Cache(layers=list(layers))}
+    loaded.model.base_model(input_ids=ids[None].to(loaded.device), use_cache=True, **cache)
+    count = sum(2 * len(ids) * loaded.linears(block)["k"].out_features for block in range(len(layers)))
+    return _bits(layers, count)
+
+
+def _bits(layers: Sequence[QuantizedLayer], count: int) -> float:
+    return 8 * sum(layer.stored_bytes() for layer in layers) / count

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
 
 from qfarm.errors import QfarmError
 from qfarm.layers.attention import add_to_sites
 from qfarm.layers.cache import RTNLayer, SimulatedLayer
-from qfarm.layers.inject import MakeLayer, install_cache, stored_bits
+from qfarm.layers.inject import MakeLayer, install_cache, stored_bits, stored_bits_of_text
 from qfarm.layers.linear import (
     Multiplier,
     ReadBySeveral,
@@ -33,10 +36,18 @@ class Installed:
     kv_bits: float | None  # stored bits per cached number; None: the cache is not quantized, or simulated only
     notes: tuple[str, ...] = ()
     reports: tuple[Callable[[], list[str]], ...] = ()  # more notes, once everything has been evaluated
+    # What calibration fixed for the KV cache, by block and role of the linear layer, for the layers' records.
+    tables: Mapping[tuple[int, str], Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
-def install_sites(loaded: LoadedModel, recipe: Recipe, scheme: Scheme, observed: Observed) -> Installed:
-    """Install all of the scheme's sites except the weights. `restore` of the model removes them."""
+def install_sites(
+    loaded: LoadedModel, recipe: Recipe, scheme: Scheme, observed: Observed, windows: Tensor | None = None
+) -> Installed:
+    """Install all of the scheme's sites except the weights. `restore` of the model removes them.
+
+    Where a cell has calibration windows [samples, length], the bits of its KV cache are counted on their text; what
+    calibration has no part in is stored in a size that does not depend on the text, and counted on noise.
+    """
     wanted = scheme.sites - {"weight"}
     if not wanted:
         return Installed(causal=None, kv_bits=None)
@@ -44,12 +55,19 @@ def install_sites(loaded: LoadedModel, recipe: Recipe, scheme: Scheme, observed:
     notes: list[str] = []
     reports: list[Callable[[], list[str]]] = []
     kv_bits = None
+    tables: dict[tuple[int, str], Mapping[str, Any]] = {}
     for site in sorted(wanted):
         method, bits = methods[site], getattr(scheme, site)
         if site == "kv_cache" and (method is None or isinstance(method, CacheMethod)):
             makers = _cache_makers(loaded, method, bits, observed)
-            kv_bits = stored_bits(loaded, makers)
             install_cache(loaded, makers)
+            calibrated = method is not None and method.site_statistics()
+            if calibrated and windows is not None:
+                kv_bits = stored_bits_of_text(loaded, makers, windows.flatten())
+            else:
+                kv_bits = stored_bits(loaded, makers)
+            for block, make in enumerate(makers):
+                tables |= {(block, role): table for role, table in make().tables().items()}
         else:
             assert method is None or isinstance(method, ActivationMethod)
             notes += _install_tensors(loaded, method, site, bits, observed, reports)
@@ -58,6 +76,7 @@ def install_sites(loaded: LoadedModel, recipe: Recipe, scheme: Scheme, observed:
         kv_bits=kv_bits,
         notes=tuple(notes),
         reports=tuple(reports),
+        tables=tables,
     )
 
 

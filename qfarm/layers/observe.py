@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from qfarm.inputs import Collector, InputStatistics, Statistic
 from qfarm.layers.attention import add_to_sites
+from qfarm.layers.gradients import observe_gradients
 from qfarm.layers.rtn import Quantizer
 from qfarm.layers.sites import Place
 from qfarm.layers.turn import Turn
@@ -55,9 +57,14 @@ def observe(
     """What `wanted` asks for, at every place of these sites; windows [samples, length] are token ids.
 
     Sites are linear_in, q, k, v (after the rotary embedding) and k_pre_rope; features of the last four are those of
-    all heads side by side. Linear layers that read the same tensor share one object.
+    all heads side by side. Linear layers that read the same tensor share one object. Sensitivities come from a backward
+    pass of their own, at k_pre_rope and v.
     """
     found: dict[Place, InputStatistics] = {}
+    gradients = observe_gradients(loaded, windows, sites) if Statistic.SENSITIVITY in wanted else {}
+    wanted -= {Statistic.SENSITIVITY}
+    if not wanted:
+        return gradients
     recorders = _Recorders(wanted, windows.numel())
     with loaded.temporary():
         for block in range(len(loaded.blocks)):
@@ -71,7 +78,10 @@ def observe(
         for block in range(len(loaded.blocks)):
             recorders.current = block
             found |= dict(_linear_inputs(loaded, walk, block, wanted))
-    return {place: stats for place, stats in found.items() if place.site in sites} | recorders.results()
+    found = {place: stats for place, stats in found.items() if place.site in sites} | recorders.results()
+    for place, stats in gradients.items():
+        found[place] = dataclasses.replace(found[place], values=stats.values, sensitivity=stats.sensitivity)
+    return found
 
 
 def _listen_to(loaded: LoadedModel, module: nn.Module, listen: Quantizer) -> None:

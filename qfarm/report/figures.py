@@ -33,6 +33,12 @@ def plain(text: object, limit: int | None = None) -> str:
     return line if limit is None or len(line) <= limit else line[: limit - 1] + "…"
 
 
+def printable(text: str) -> str:
+    """Foreign text as it is, line breaks included, without anything else that a terminal would act on."""
+    kept = (char for char in text if char in "\n\t" or unicodedata.category(char) not in _DROPPED)
+    return "".join(kept)
+
+
 def number(value: float | None, unit: str, error: float | None = None, signed: bool = False) -> str:
     """A number as a reader sees it: to two digits of its error if that is known, else as is usual for its unit.
 
