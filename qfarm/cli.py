@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -319,6 +320,126 @@ def compare(first: str, second: str, store: str | None, style: str, margin: str 
     found = compare_cells(_open(store or _last_store()), first, second, _margins(margin))
     text = comparison_json(found) if style == "json" else render_comparison(found, width=_width(), color=_color())
     click.echo(text, nl=False)
+
+
+@group.command()
+@click.argument("cell", required=False)
+@click.argument("out", required=False)
+@click.option("--store", metavar="STORE", help="Default: the last one submitted to.")
+@click.option(
+    "--format",
+    "style",
+    default="auto",
+    show_default=True,
+    metavar="FORMAT",
+    help="compressed-tensors, gptq or safetensors; auto: packed if it can be.",
+)
+@click.option("--best", is_flag=True, help="Instead of CELL: the one that the report's rule picks.")
+@click.option("--max-bits", type=float, metavar="BITS", help="With --best: stored bits per weight, at most.")
+@click.option("--model", metavar="NAME", help="With --best: of this model; * and ? match.")
+@click.option("--by", metavar="EVALUATION", help="With --best: where a model has several.")
+@DATA
+def export(
+    cell: str | None,
+    out: str | None,
+    store: str | None,
+    style: str,
+    best: bool,
+    max_bits: float | None,
+    model: str | None,
+    by: str | None,
+    data: str | None,
+) -> None:
+    """Write CELL to the new folder OUT as a checkpoint that other software loads.
+
+    The cell is quantized again, by the same code and seed; its codes are
+    written, loaded in a fresh process and compared with the cell's. What a
+    format cannot hold is refused. Exit code 1: it does not read back.
+
+    \b
+    Examples:
+      qfarm export "gptq w4 g64" smollm2-w4
+      qfarm export 5353cf smollm2-float --format safetensors
+      qfarm export --best --max-bits 4.25 --model "*smollm2*" smollm2-best
+    """
+    if best and cell is not None and out is None:
+        cell, out = None, cell
+    if best == (cell is not None) or out is None:
+        raise InvalidInput("export takes CELL OUT, or --best --max-bits BITS --model NAME OUT")
+    if best and (max_bits is None or model is None):
+        raise InvalidInput("--best needs --max-bits and --model")
+    if not best and (max_bits is not None or model is not None or by is not None):
+        raise InvalidInput("--max-bits, --model and --by choose a cell: they go with --best")
+    raise click.exceptions.Exit(_export(_open(store or _last_store()), cell, out, style, (model, max_bits, by), data))
+
+
+def _export(
+    store: Store,
+    cell: str | None,
+    out: str,
+    style: str,
+    wanted: tuple[str | None, float | None, str | None],
+    data: str | None,
+) -> int:
+    from qfarm.environment import data_folder
+    from qfarm.errors import NotVerified
+    from qfarm.export.stored import stored_cell
+
+    if cell is None:
+        cell = _pick(store, *wanted)
+    stored = stored_cell(store, cell)
+    if not stored.on_gpu:  # before torch is imported: what a CPU measured is made on one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from qfarm.console import print_error
+    from qfarm.export.run import export as write_export
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    try:
+        done = write_export(stored, out, style, data_folder(data), shlex.join(["qfarm", *sys.argv[1:]]), say)
+    except NotVerified as error:
+        print_error(" ".join(str(error).split()))
+        return FAILED
+    for note in done.notes:
+        click.echo(f"note: {note}")
+    sizes = done.manifest["sizes"]
+    click.echo(f"{done.folder}: {done.format}, {sizes['weight_files']:,} bytes of weights, verified; see its README.md")
+    return 0
+
+
+def _pick(store: Store, model: str | None, max_bits: float | None, by: str | None) -> str:
+    from qfarm.report.best import best
+    from qfarm.report.tables import load
+
+    assert model is not None and max_bits is not None
+    found = best(load(store), model, max_bits, by)
+    rule = "smallest loss within the budget" if found.ranked else "smallest loss; too few documents for any test"
+    click.echo(f"best: {found.label}, {found.linear_bits:.3f} bits, by {found.evaluation} ({rule})", err=True)
+    if found.tied:
+        click.echo(f"not shown worse: {', '.join(found.tied)}", err=True)
+    return found.cell_id
+
+
+@group.command()
+@click.argument("folder", type=click.Path())
+def verify(folder: str) -> None:
+    """Check an exported FOLDER: every tensor's hash, then its weights as a fresh process loads them.
+
+    Exit code 1 when something is wrong.
+
+    \b
+    Example:
+      qfarm verify smollm2-w4
+    """
+    from qfarm.export.verify import verify as verify_export
+
+    found = verify_export(Path(folder))
+    for line in found.faults:
+        click.echo(line)
+    click.echo(f"checked: {'; '.join(found.steps)}")
+    click.echo(f"{len(found.faults)} faults" if found.faults else "the export is sound")
+    raise click.exceptions.Exit(FAILED if found.faults else 0)
 
 
 @group.command()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qfarm import environment
-from qfarm.calibrate import LayerResult, quantize_weights
+from qfarm.calibrate import Keep, LayerResult, quantize_weights
 from qfarm.errors import Failure, InvalidInput, StoreFull, Unavailable, classify
 from qfarm.evaluate import build_evaluator
 from qfarm.inputs import Statistic
@@ -323,6 +323,22 @@ def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> tup
 
     What happened to each linear layer, and what was installed beside the weights.
     """
+    layers, observed = quantize_linears(session, progress)
+    recipe, scheme = Recipe.from_specs(session.cell.methods), parse_scheme(session.cell.scheme)
+    installed = install_sites(session.loaded, recipe, scheme, observed)
+    session.causal = installed.causal is not False
+    for note in installed.notes:
+        session.note(note)
+    return layers, installed
+
+
+def quantize_linears(
+    session: Session, progress: Callable[[int, int], None], keep: Keep | None = None
+) -> tuple[list[LayerResult], Observed]:
+    """The first half of `quantize_cell`: transforms and weights, nothing installed at other sites yet.
+
+    What happened to each linear layer, and what was observed for those sites. `keep` is handed each layer's codes.
+    """
     cell = session.cell
     recipe, scheme = Recipe.from_specs(cell.methods), parse_scheme(cell.scheme)
     solver = recipe.solver or build_method("rtn", {})
@@ -358,12 +374,9 @@ def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> tup
         seed=cell.seed or 0,
         shared=session.shared_statistics(),
         input_bits=scheme.linear_in,
+        keep=keep,
     )
-    installed = install_sites(session.loaded, recipe, scheme, observed)
-    session.causal = installed.causal is not False
-    for note in installed.notes:
-        session.note(note)
-    return layers, installed
+    return layers, observed
 
 
 def _transform(session: Session, recipe: Recipe) -> None:
