@@ -1,4 +1,4 @@
-"""The command line: `qfarm plan`, `submit`, `report`, `show`, `compare`, `methods`, `bench`, `store check`.
+"""The command line: `qfarm plan`, `submit`, `report`, `show`, `compare`, `export`, `verify`, `methods`, `doctor`, ...
 
 It only says where and how to run; every experiment option stands in the job file. Exit codes: 0 all well, 1 some
 cells failed for good, 2 bad input, 130 interrupted.
@@ -175,6 +175,7 @@ def _submit_here(
     from qfarm.console import Console
     from qfarm.environment import data_folder
     from qfarm.events import JobEnded, JobStarted, Note
+    from qfarm.work import open_work
 
     location = _store_location(job)
     if address:
@@ -186,7 +187,7 @@ def _submit_here(
     # Planned before the store is made: a job that cannot run leaves nothing behind.
     known = _open(location) if _is_store(location) else None
     planned = _plan(job, known, data, provisional=False)
-    work = _work(planned, only)
+    work = open_work(planned, only)
     store = _open(location, create=True)
     _remember(store.location)
     settings = driver.Settings(
@@ -216,32 +217,6 @@ def _submit_here(
     click.echo()
     _print_report(store, "terminal", {}, job.margins)
     return FAILED if summary.failed or summary.stopped else 0
-
-
-def _work(plan: Plan, only: str | None) -> list[Any]:
-    from qfarm.driver import CellWork
-    from qfarm.evaluate import build_evaluator
-    from qfarm.matrix import find_cell
-    from qfarm.plan import shares
-
-    chosen = find_cell(tuple(p.cell for p in plan.cells), only).cell_id if only else None
-    open_cells = [p for p in plan.cells if not p.done and chosen in (None, p.cell.cell_id)]
-    baselines = {p.cell.fingerprint for p in open_cells if p.cell.is_baseline}
-    share = shares(p.cell for p in open_cells)
-    work = []
-    for planned in open_cells:
-        compares = any(build_evaluator(spec.name, spec.options).needs_baseline for spec in planned.missing)
-        work.append(
-            CellWork(
-                cell=planned.cell,
-                evaluations=planned.missing,
-                needs_baseline=compares and not planned.cell.is_baseline and planned.cell.fingerprint in baselines,
-                estimate_s=planned.estimate.seconds,
-                share=share.get(planned.cell.cell_id, ()),
-                margin={measure: margin.text for measure, margin in plan.job.margins.items()},
-            )
-        )
-    return work
 
 
 @group.command()
@@ -456,6 +431,35 @@ def methods(name: str | None) -> None:
 
     text = render_method(name, _width(), _color()) if name else render_methods(_width(), _color())
     click.echo(text, nl=False)
+
+
+@group.command()
+@click.option("--hub", is_flag=True, help="Also try to reach the model hub.")
+@click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
+@DATA
+def doctor(hub: bool, style: str, data: str | None) -> None:
+    """Say what this machine can run, and why not the rest.
+
+    Exit code 1 when something stops every job; a dash marks what only some
+    jobs need.
+
+    \b
+    Examples:
+      qfarm doctor
+      qfarm doctor --hub --format json
+    """
+    import dataclasses
+    import json
+
+    from qfarm.doctor import examine, render
+    from qfarm.environment import data_folder
+
+    found = examine(data_folder(data), hub=hub)
+    if style == "json":
+        click.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=1))
+    else:
+        click.echo(render(found, _width(), _color()), nl=False)
+    raise click.exceptions.Exit(FAILED if any(one.state == "fault" for one in found) else 0)
 
 
 @group.group("bench", cls=_Group)

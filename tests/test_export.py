@@ -26,6 +26,8 @@ from qfarm.record import CellRow
 from qfarm.store import Store
 from tests.export_example import export_store as export_store
 from tests.export_example import say
+from tests.test_cli import Run, error
+from tests.test_cli import run as run
 
 Write = Callable[..., Exported]
 
@@ -353,3 +355,44 @@ def test_asymmetric_packed_weights_still_do_not_load(tmp_path: Path, tiny: Path)
     save_file({k: v.contiguous().clone() for k, v in parts.items()}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(RuntimeError):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("same_process")
+def test_the_command_and_its_exit_codes(run: Run, export_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ("--store", export_store.location)
+    monkeypatch.setenv("NO_COLOR", "1")
+    by = stored_cell(export_store, "gptq w4 g16").metrics[0].eval_id
+    ran = run("export", "--best", "--max-bits", "5.3", "--model", "*", "--by", by, "packed", *store)
+    assert ran.code == 0 and "packed: compressed-tensors, " in ran.out and ran.out.endswith("see its README.md\n")
+    assert "best: gptq" in ran.err and "too few documents for any test" in ran.err and "\x1b" not in ran.out + ran.err
+    assert "qfarm export --best --max-bits 5.3" in Path("packed/README.md").read_text()
+    ran = run("verify", "packed")
+    assert ran.code == 0 and ran.out.endswith("the export is sound\n")
+    flip(Path("packed/model.safetensors"), "model.layers.0.mlp.up_proj.weight_packed")
+    ran = run("verify", "packed")
+    assert ran.code == 1 and ran.out.startswith("tensor model.layers.0.mlp.up_proj.weight_packed: altered\n")
+    monkeypatch.setattr("qfarm.export.run.compare_weights", lambda *_: ["1 of 14 layers read back wrong"])
+    ran = run("export", "gptq w4 g16", "other", *store)
+    assert ran.code == 1 and ran.err.endswith(
+        "error: compressed-tensors: 1 of 14 layers read back wrong; nothing was kept\n"
+    )
+    assert not Path("other").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("export", "export takes CELL OUT, or --best --max-bits BITS --model NAME OUT"),
+        ("export abc", "export takes CELL OUT, or --best"),
+        ("export a b --best --max-bits 4 --model m", "export takes CELL OUT, or --best"),
+        ("export out --best --model m", "--best needs --max-bits and --model"),
+        ("export a b --max-bits 4", "--max-bits, --model and --by choose a cell: they go with --best"),
+        ("export a b", "no store named and none remembered"),
+        ("verify absent", "absent: no qfarm_export.json (No such file or directory): not a folder"),
+    ],
+)
+def test_bad_input_is_one_line(run: Run, arguments: str, message: str) -> None:
+    assert message in error(run(*arguments.split()))
