@@ -419,16 +419,23 @@ def verify(folder: str) -> None:
 
 @group.command()
 @click.argument("name", required=False)
-def methods(name: str | None) -> None:
+@click.option("--write", metavar="DIR", help="Write a Markdown page per method there instead.")
+def methods(name: str | None, write: str | None) -> None:
     """List the methods, or explain one: formula, options with defaults and ranges, differences from its paper.
 
     \b
     Examples:
       qfarm methods
       qfarm methods gptq
+      qfarm methods --write docs/methods
     """
-    from qfarm.report.methods import render_method, render_methods
+    from qfarm.report.methods import render_method, render_methods, write_pages
 
+    if write is not None:
+        if name is not None:
+            raise InvalidInput("methods: NAME and --write exclude each other")
+        click.echo(f"{write}: {len(write_pages(Path(write)))} pages")
+        return
     text = render_method(name, _width(), _color()) if name else render_methods(_width(), _color())
     click.echo(text, nl=False)
 

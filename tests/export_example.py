@@ -27,7 +27,7 @@ include:
 resources: {{gpus: 0}}
 """
 ASYMMETRIC = (
-    JOB[: JOB.index("include:")].replace("symmetric: true\n", "").replace("[w8a8]", "[w3]")
+    JOB[: JOB.index("include:")].replace("symmetric: true\n", "").replace("[w8a8]", "[w4]")
     + """
 resources: {{gpus: 0}}
 """

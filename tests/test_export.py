@@ -243,10 +243,11 @@ def test_layers_that_are_no_integer_grid_are_refused() -> None:
 
 
 def test_asymmetric_weights_are_refused_before_anything_is_loaded(export_store: Store) -> None:
-    stored = stored_cell(export_store, "rtn w3")
+    stored = stored_cell(export_store, "rtn w4")
     with pytest.raises(Unsupported, match="transformers cannot load asymmetric packed weights; what can hold it: "):
         asked("compressed-tensors", stored.cell)
     assert [one.name for one in asked("auto", stored.cell)] == ["safetensors"]
+    assert [one.name for one in asked("gptq", stored.cell)] == ["gptq"]
 
 
 def test_a_folder_that_is_there_is_not_touched(write: Write, tmp_path: Path) -> None:

@@ -135,22 +135,20 @@ def _machine(provenance: Mapping[str, Any]) -> str:
 
 def _verified(facts: Mapping[str, Any]) -> Iterator[str]:
     found = facts["verified"]
-    same, cell = found.get("same_dtype"), found.get("cell")
-    if same is None or cell is None:
-        yield found["instead"]
-    else:
-        tokens = len(facts["text"]["ids"])
-        yield (
-            f"The export was loaded by plain transformers in a fresh process. Weights of all {len(facts['layers'])} "
-            f"quantized layers are bit-equal to the cell's in {facts['reader']['dtype']}. Logits of {tokens} tokens of "
-            f"a fixed text differ from the same weights in memory by at most {same['max_abs']:.2g} (bound "
-            f"{same['bound']:.2g}; the largest logit is {same['largest_logit']:.3g})."
-        )
-        yield (
-            f"\nAgainst the cell as it was measured, in {facts['quantization']['dtype']}"
-            f"{' and without what is left out' if facts['left_out'] else ''}: at most {cell['max_abs']:.2g}, mean KL "
-            f"{cell['mean_kl']:.2g} nats, the same first choice for {cell['agreement']:.1%} of the tokens."
-        )
+    same, cell = found["same_dtype"], found["cell"]
+    tokens = len(facts["text"]["ids"])
+    how = "unpacked by a reader of qfarm's own" if facts["reader"]["own"] else "loaded by plain transformers"
+    yield (
+        f"The export was {how} in a fresh process. Weights of all {len(facts['layers'])} "
+        f"quantized layers are bit-equal to the cell's in {facts['reader']['dtype']}. Logits of {tokens} tokens of "
+        f"a fixed text differ from the same weights in memory by at most {same['max_abs']:.2g} (bound "
+        f"{same['bound']:.2g}; the largest logit is {same['largest_logit']:.3g})."
+    )
+    yield (
+        f"\nAgainst the cell as it was measured, in {facts['quantization']['dtype']}"
+        f"{' and without what is left out' if facts['left_out'] else ''}: at most {cell['max_abs']:.2g}, mean KL "
+        f"{cell['mean_kl']:.2g} nats, the same first choice for {cell['agreement']:.1%} of the tokens."
+    )
     yield (
         "\n`qfarm verify FOLDER` holds every tensor against its SHA-256 in `qfarm_export.json`, then loads the folder "
         "and compares the weights again."

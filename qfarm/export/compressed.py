@@ -122,7 +122,8 @@ def _int8(layer: UniformWeight) -> dict[str, Tensor]:
 
 
 def _signed(layer: UniformWeight) -> Tensor:
-    return (layer.codes.to(torch.int16) - 2 ** (layer.bits - 1)).to(torch.int8)
+    signed: Tensor = layer.codes.to(torch.int16) - 2 ** (layer.bits - 1)
+    return signed.to(torch.int8)
 
 
 def configuration(kinds: Mapping[str, Kind], ignore: list[str], form: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Reader:
     dtype: torch.dtype
     snippet: str  # Python, for the model card
     packages: tuple[str, ...]  # that transformers needs beside itself
+    own: bool = False  # verified by a reader of our own, where these packages cannot be had
 
 
 class Format(Protocol):
@@ -104,9 +105,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def formats() -> dict[str, Format]:
     from qfarm.export.compressed import CompressedTensors
+    from qfarm.export.gptq import Gptq
     from qfarm.export.plain import Plain
 
-    known: tuple[Format, ...] = (CompressedTensors(), Plain())
+    known: tuple[Format, ...] = (CompressedTensors(), Gptq(), Plain())
     return {one.name: one for one in known}
 
 

@@ -112,6 +112,7 @@ def _facts(made: Made, chosen: Format, command: str) -> dict[str, Any]:
             "dtype": dtype_name(reader.dtype),
             "snippet": reader.snippet,
             "packages": list(reader.packages),
+            "own": reader.own,
         },
         "text": {"text": TEXT, "ids": made.tokens[0].tolist()},
         "layers": layers,
