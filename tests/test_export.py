@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qfarm import cli
 from qfarm.errors import InvalidInput, NotVerified, Unsupported
 from qfarm.export import compressed, manifest, reload
+from qfarm.export.card import licence_of
 from qfarm.export.formats import asked
 from qfarm.export.run import Exported, export
 from qfarm.export.stored import stored_cell
 from qfarm.export.verify import Reading, verify
 from qfarm.quantized import UniformWeight, pack_bits
 from qfarm.record import CellRow
+from qfarm.report.best import best
+from qfarm.report.tables import load
 from qfarm.store import Store
 from tests.export_example import export_store as export_store
 from tests.export_example import say
@@ -246,8 +251,20 @@ def test_asymmetric_weights_are_refused_before_anything_is_loaded(export_store: 
     stored = stored_cell(export_store, "rtn w4")
     with pytest.raises(Unsupported, match="transformers cannot load asymmetric packed weights; what can hold it: "):
         asked("compressed-tensors", stored.cell)
-    assert [one.name for one in asked("auto", stored.cell)] == ["safetensors"]
-    assert [one.name for one in asked("gptq", stored.cell)] == ["gptq"]
+    found, refused = asked("auto", stored.cell)
+    assert [one.name for one in found] == ["safetensors"]
+    assert refused == {"compressed-tensors": "transformers cannot load asymmetric packed weights"}
+    assert [one.name for one in asked("gptq", stored.cell)[0]] == ["gptq"]
+
+
+def test_a_library_that_is_missing_is_named_before_anything_is_loaded(
+    export_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And `auto` does not turn to a larger file because of it."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for format in ("auto", "compressed-tensors"):
+        with pytest.raises(Unsupported, match=r"compressed_tensors is not installed: pip install 'qfarm\[export\]'"):
+            asked(format, stored_cell(export_store, "gptq w4 g16").cell)
 
 
 def test_a_folder_that_is_there_is_not_touched(write: Write, tmp_path: Path) -> None:
@@ -366,21 +383,47 @@ def test_the_command_and_its_exit_codes(run: Run, export_store: Store, monkeypat
     store = ("--store", export_store.location)
     monkeypatch.setenv("NO_COLOR", "1")
     by = stored_cell(export_store, "gptq w4 g16").metrics[0].eval_id
-    ran = run("export", "--best", "--max-bits", "5.3", "--model", "*", "--by", by, "packed", *store)
-    assert ran.code == 0 and "packed: compressed-tensors, " in ran.out and ran.out.endswith("see its README.md\n")
-    assert "best: gptq" in ran.err and "too few documents for any test" in ran.err and "\x1b" not in ran.out + ran.err
+    arguments = ("export", "--best", "--max-bits", "5.3", "--model", "*", "--by", by, "packed", *store)
+    monkeypatch.setattr("sys.argv", ["/bin/qfarm", *arguments])
+    ran = run(*arguments)
+    assert ran.code == 0 and ran.out.endswith(" bytes of weights, verified; see its README.md\n")
+    picked = best(load(export_store), "*", 5.3, by)
+    assert f"best: {picked.label}, " in ran.err and "too few documents for any test" in ran.err
+    assert "\x1b" not in ran.out + ran.err
     assert "qfarm export --best --max-bits 5.3" in Path("packed/README.md").read_text()
     ran = run("verify", "packed")
     assert ran.code == 0 and ran.out.endswith("the export is sound\n")
-    flip(Path("packed/model.safetensors"), "model.layers.0.mlp.up_proj.weight_packed")
+    flip(Path("packed/model.safetensors"), "model.embed_tokens.weight")
     ran = run("verify", "packed")
-    assert ran.code == 1 and ran.out.startswith("tensor model.layers.0.mlp.up_proj.weight_packed: altered\n")
+    assert ran.code == 1 and ran.out.startswith("tensor model.embed_tokens.weight: altered\n")
     monkeypatch.setattr("qfarm.export.run.compare_weights", lambda *_: ["1 of 14 layers read back wrong"])
     ran = run("export", "gptq w4 g16", "other", *store)
     assert ran.code == 1 and ran.err.endswith(
         "error: compressed-tensors: 1 of 14 layers read back wrong; nothing was kept\n"
     )
     assert not Path("other").exists()
+
+
+def test_the_shell_can_complete_commands_and_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_QFARM_COMPLETE", "bash_complete")
+    for words, expected in (("qfarm exp", "plain,export"), ("qfarm export --be", "plain,--best")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+        with pytest.raises(SystemExit):
+            cli.main([])
+        assert capsys.readouterr().out.split() == [expected]
+
+
+def test_a_licence_is_copied_from_the_base_models_card(tiny: Path) -> None:
+    copy = Path(shutil.copytree(tiny, tiny.parent / "licensed", dirs_exist_ok=True))
+    assert licence_of(str(copy)) is None
+    (copy / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    assert licence_of(str(copy)) == "apache-2.0"
+    for broken in ("---\nlicense: [\n---\n", "no header", "---\nlicense: [a, b]\n---\n"):
+        (copy / "README.md").write_text(broken)
+        assert licence_of(str(copy)) is None
 
 
 @pytest.mark.parametrize(

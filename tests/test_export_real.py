@@ -33,14 +33,12 @@ PERPLEXITY = """
 import sys, torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-model, loss, tokens = AutoModelForCausalLM.from_pretrained(sys.argv[1]), 0.0, 0
-for row in load_file(sys.argv[2])["rows"]:
-    with torch.no_grad():
-        logits = model(input_ids=row[None], use_cache=False).logits[0, :-1].float()
-    loss += float(torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum"))
-    tokens += len(row) - 1
+model, rows = AutoModelForCausalLM.from_pretrained(sys.argv[1]), load_file(sys.argv[2])["rows"]
+with torch.no_grad():  # all at once, as they were measured: in bfloat16 one by one moves perplexity by 0.09 %
+    logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
+loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 assert not [name for name in sys.modules if name.startswith("qfarm")]
-print(model.dtype, torch.tensor(loss / tokens).double().exp().item())
+print(model.dtype, loss.double().exp().item())
 """
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfarm.errors import Unsupported
 from qfarm.export.checkpoint import other_linears, write_checkpoint
 from qfarm.export.formats import Reader, dtype_name, multiplied_in, running_sites, uniform_refusal
 from qfarm.export.made import Made
@@ -27,12 +26,12 @@ from qfarm.quantized import QuantizedWeight, UniformWeight
 from qfarm.scheme import parse_scheme
 
 PACKED, INT8 = "pack-quantized", "int-quantized"
-EXTRA = "pip install 'qfarm[export]'"
 Kind = tuple[int, int]  # bits and group size of a layer's weights
 
 
 class CompressedTensors:
     name = "compressed-tensors"
+    writes_with: tuple[str, ...] = ("compressed_tensors",)
     summary = "packed codes and scales"
 
     def refusal(self, cell: Cell) -> str | None:
@@ -95,18 +94,8 @@ def _is_w8a8(cell: Cell) -> bool:
     return cell.scheme == "w8a8" and cell.group_size == -1 and "linear_in" in cell.rounded
 
 
-def library() -> Any:
-    """The package. Raises Unsupported where it is not installed."""
-    try:
-        import compressed_tensors
-    except ImportError as error:
-        raise Unsupported(f"compressed-tensors is not installed: {EXTRA}") from error
-    return compressed_tensors
-
-
 def _packed(layer: UniformWeight) -> dict[str, Tensor]:
     """The library's packer adds 2^(b-1) to signed codes, which gives our unsigned ones back."""
-    library()
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     packed: Tensor = pack_to_int32(_signed(layer), layer.bits)
@@ -131,7 +120,7 @@ def configuration(kinds: Mapping[str, Kind], ignore: list[str], form: str) -> di
 
     `ignore` names every other linear layer: the loader would look for packed weights there.
     """
-    version = library().__version__
+    from compressed_tensors import __version__ as version
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
     groups = {}

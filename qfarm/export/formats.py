@@ -11,6 +11,7 @@ Nothing is ever written in another format than the one asked for, and nothing is
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,7 +26,7 @@ from qfarm.models.load import DTYPES
 from qfarm.quantized import QuantizedWeight, UniformWeight
 from qfarm.scheme import parse_scheme
 
-AUTO = "auto"
+AUTO, TRIED = "auto", ("compressed-tensors", "safetensors")
 SITES = {"kv_cache": "the KV cache", "q": "queries", "probs": "softmax probabilities", "linear_in": "linear inputs"}
 
 
@@ -44,6 +45,7 @@ class Format(Protocol):
 
     name: str
     summary: str  # one line for the model card
+    writes_with: tuple[str, ...]  # modules of optional packages
 
     def refusal(self, cell: Cell) -> str | None:
         """Why this cell cannot be written, as far as that shows before it is quantized."""
@@ -112,38 +114,41 @@ def formats() -> dict[str, Format]:
     return {one.name: one for one in known}
 
 
-def asked(name: str, cell: Cell) -> list[Format]:
-    """Formats to try in this order: the one that was asked for, or by `auto` the packed ones and then floating point.
+def asked(name: str, cell: Cell) -> tuple[list[Format], dict[str, str]]:
+    """Formats to try in this order, and why `auto` passes over others: packed ones come first, then floating point.
 
-    Raises Unsupported before anything is loaded when none can hold the cell.
+    Raises Unsupported before anything is loaded when none can hold the cell, or a package that writes it is missing.
     """
     known = formats()
     if name not in (AUTO, *known):
         raise InvalidInput(f'unknown format "{name}"{nearest(name, (AUTO, *known))}')
-    if name != AUTO:
-        problem = known[name].refusal(cell)
-        if problem:
-            raise Unsupported(f"{name}: {problem}; {_instead(other_formats(known, name, cell), cell)}")
-        return [known[name]]
-    found = [one for one in (known["compressed-tensors"], known["safetensors"]) if one.refusal(cell) is None]
-    complete = [one for one in found if not one.left_out(cell)]
-    if not complete:
-        problem = known["compressed-tensors"].refusal(cell)
-        raise Unsupported(f"compressed-tensors: {problem}; {_instead(found, cell)}")
-    return complete
+    tried = [known[one] for one in ((name,) if name != AUTO else TRIED)]
+    refused = {one.name: problem for one in tried if (problem := one.refusal(cell))}
+    # Asked for by its name, a format may leave out what runs beside the weights; nobody gets that by default.
+    found = [one for one in tried if one.name not in refused and (name != AUTO or not one.left_out(cell))]
+    if not found:
+        first, problem = next(iter(refused.items()))
+        raise Unsupported(f"{first}: {problem}; {_instead(other_formats(known, first, cell), cell)}")
+    missing = [package for package in found[0].writes_with if importlib.util.find_spec(package) is None]
+    if missing:
+        raise Unsupported(f"{found[0].name}: {', '.join(missing)} is not installed: pip install 'qfarm[export]'")
+    return found, refused
 
 
 def other_formats(known: Mapping[str, Format], name: str, cell: Cell) -> list[Format]:
     return [one for one in known.values() if one.name != name and one.refusal(cell) is None]
 
 
-def layer_problem(one: Format, module: str, quantized: QuantizedWeight, cell: Cell) -> str | None:
-    """The refusal of a layer with the formats that would hold it, or None."""
+def layer_problem(one: Format, module: str, quantized: QuantizedWeight) -> str | None:
+    """The refusal of a layer with its name, or None."""
     problem = one.layer_refusal(quantized)
-    if problem is None:
-        return None
-    others = [other for other in other_formats(formats(), one.name, cell) if other.layer_refusal(quantized) is None]
-    return f"{one.name}: {module}: {problem}; {_instead(others, cell)}"
+    return None if problem is None else f"{module}: {problem}"
+
+
+def instead(name: str, quantized: QuantizedWeight, cell: Cell) -> str:
+    """What would hold this layer of the cell in the place of that format."""
+    others = other_formats(formats(), name, cell)
+    return _instead([other for other in others if other.layer_refusal(quantized) is None], cell)
 
 
 def _instead(others: Iterable[Format], cell: Cell) -> str:

@@ -34,6 +34,7 @@ WIDTHS = (2, 4, 8)  # those that divide a word; the layout of 3 bits differs bet
 
 class Gptq:
     name = "gptq"
+    writes_with: tuple[str, ...] = ()
     summary = "packed codes, scales, zeros and the group of each column"
 
     def refusal(self, cell: Cell) -> str | None:

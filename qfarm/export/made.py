@@ -106,7 +106,6 @@ def make(stored: StoredCell, data: str | None, check: Callable[[str, QuantizedWe
         notes.append(f"measured on {stored.provenance['gpu']}, quantized again on a CPU")
     say(f"loading {stored.cell.model}")
     session.begin(stored.cell)
-    session.loaded.restore()
     quantized: dict[str, QuantizedWeight] = {}
 
     def keep(module: str, layer: QuantizedWeight) -> None:

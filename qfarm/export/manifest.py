@@ -46,7 +46,8 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / NAME).read_text())
         version = int(found["format_version"])
-        _ = (found["tensors"], found["files"], found["layers"], found["reader"]["dtype"])
+        _ = (found["tensors"], found["files"], found["layers"], found["text"]["ids"])
+        _ = (found["reader"]["dtype"], found["reader"]["packages"])
     except OSError as error:
         raise InvalidInput(f"{folder}: no {NAME} ({error.strerror}): not a folder that `qfarm export` wrote") from error
     except (ValueError, KeyError, TypeError) as error:

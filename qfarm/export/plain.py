@@ -17,6 +17,7 @@ class Plain:
     """Simulated (fake) quantization: every weight has the value that was evaluated, in 16 bits as before."""
 
     name = "safetensors"
+    writes_with: tuple[str, ...] = ()
     summary = "weights in floating point, as large and as fast as the original"
 
     def refusal(self, cell: Cell) -> str | None:

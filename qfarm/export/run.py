@@ -18,7 +18,7 @@ from qfarm.environment import git_commit, package_version
 from qfarm.errors import InvalidInput, NotVerified, Unsupported
 from qfarm.export import manifest
 from qfarm.export.card import model_card
-from qfarm.export.formats import AUTO, Format, asked, dtype_name, layer_problem, quantization_of
+from qfarm.export.formats import Format, asked, dtype_name, instead, layer_problem, quantization_of
 from qfarm.export.made import TEXT, Made, Say, make
 from qfarm.export.stored import StoredCell
 from qfarm.export.verify import BOUNDS, codes_hash, compare_weights, difference, read_afresh, weight_hash
@@ -43,19 +43,19 @@ def export(stored: StoredCell, out: str, format: str, data: str | None, command:
     Raises Unsupported when no format asked for holds the cell, InvalidInput when it cannot be made again here, and
     NotVerified when what was written does not read back; in each case nothing is left behind.
     """
-    candidates = asked(format, stored.cell)
+    candidates, refused = asked(format, stored.cell)
     final = Path(out).expanduser().absolute()
     if final.exists() or final.is_symlink():
         raise InvalidInput(f"{out}: is there already; name a new folder")
-    refused: dict[str, str] = {}
 
     def check(module: str, layer: QuantizedWeight) -> None:
         for one in candidates:
-            problem = layer_problem(one, module, layer, stored.cell) if one.name not in refused else None
+            problem = None if one.name in refused else layer_problem(one, module, layer)
             if problem:
                 refused[one.name] = problem
-        if len(refused) == len(candidates):
-            raise Unsupported(next(iter(refused.values())))
+        if all(one.name in refused for one in candidates):
+            last = candidates[-1].name
+            raise Unsupported(f"{last}: {refused[last]}; {instead(last, layer, stored.cell)}")
 
     with _aside(final) as part:
         made = make(stored, data, check, say)
@@ -73,7 +73,7 @@ def export(stored: StoredCell, out: str, format: str, data: str | None, command:
             os.rename(part, final)
         except OSError as error:
             raise InvalidInput(f"{out}: cannot be written: {error.strerror}") from error
-    why = [f"not written as {name}: {problem}" for name, problem in refused.items()] if format == AUTO else []
+    why = [f"not written as {name}: {problem}" for name, problem in refused.items()]
     left = [f"not included: {site}" for site in chosen.left_out(stored.cell)]
     return Exported(folder=final, format=chosen.name, manifest=facts, notes=(*made.notes, *why, *left))
 

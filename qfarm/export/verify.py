@@ -46,7 +46,9 @@ def read_afresh(folder: Path, ids: Sequence[int], modules: Sequence[str], text: 
         # -P: the script's own folder is not on its path, so that it imports nothing of ours.
         command = [sys.executable, "-P", str(Path(reload.__file__)), str(folder), str(request), str(result)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=environment
+        )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise NotVerified(f"a fresh process cannot load it: {last}")
