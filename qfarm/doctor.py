@@ -164,8 +164,7 @@ def _disk() -> Iterator[Finding]:
             yield Finding(name=name, state="fault", text=f"{place}: cannot be written; set QFARM_CACHE")
             continue
         free = shutil.disk_usage(place).free
-        text = f"{plain(folder)}: {size(free)} free"
-        yield Finding(name=name, state="ok" if free >= MIN_FREE else "missing", text=text)
+        yield _enough(name, f"{plain(folder)}: {size(free)} free", free)
 
 
 def _memory() -> Iterator[Finding]:
@@ -173,8 +172,13 @@ def _memory() -> Iterator[Finding]:
     if free is None:
         yield Finding(name="memory", state="ok", text="how much is free is not known on this system")
         return
-    text = f"{size(free)} free, {os.cpu_count()} CPUs"
-    yield Finding(name="memory", state="ok" if free >= MIN_FREE else "missing", text=text)
+    yield _enough("memory", f"{size(free)} free, {os.cpu_count()} CPUs", free)
+
+
+def _enough(name: str, text: str, free: int) -> Finding:
+    if free >= MIN_FREE:
+        return Finding(name=name, state="ok", text=text)
+    return Finding(name=name, state="missing", text=f"{text}: less than {size(MIN_FREE)} is little for any model")
 
 
 def render(findings: list[Finding], width: int, color: bool = False) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from qfarm.errors import InvalidInput, NotVerified, Unsupported
 from qfarm.export import compressed, manifest, reload
 from qfarm.export.card import licence_of
 from qfarm.export.formats import asked
+from qfarm.export.made import _refuse_online
 from qfarm.export.run import Exported, export
 from qfarm.export.stored import stored_cell
 from qfarm.export.verify import Reading, verify
-from qfarm.quantized import UniformWeight, pack_bits
+from qfarm.quantized import LowRank, UniformWeight, pack_bits
 from qfarm.record import CellRow
 from qfarm.report.best import best
 from qfarm.report.tables import load
@@ -212,8 +214,8 @@ def test_what_does_not_read_back_is_not_kept(
     if damage == "ignore":  # the tied head would be looked for in packed form
         monkeypatch.setattr(compressed, "other_linears", lambda *_: [])
     with pytest.raises(NotVerified, match="a fresh process cannot load" if damage == "ignore" else "other weights"):
-        write("gptq w4 g16", folder="out/deeper")
-    assert list(tmp_path.rglob("*.part")) == [] and not (tmp_path / "out" / "deeper").exists()
+        write("gptq w4 g16")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -343,6 +345,22 @@ def test_what_runs_in_the_forward_pass_is_refused(write: Write, monkeypatch: pyt
     monkeypatch.setattr(made, "quantize_linears", rotated)
     with pytest.raises(Unsupported, match=r"model\.layers\.1\.mlp\.down_proj: something of Linear is transformed"):
         write("gptq w4 g16", "safetensors")
+
+
+def test_a_low_rank_branch_is_refused() -> None:
+    codes, scale = torch.zeros(4, 32, dtype=torch.uint8), torch.ones(4, 1, dtype=torch.float16)
+    base = UniformWeight(codes=codes, scale=scale, zero=None, bits=4, group_size=-1)
+    term = LowRank(base=base, solver="x", left=torch.ones(4, 1), right=torch.ones(1, 32), branch=True)
+    plain = types.SimpleNamespace(model=torch.nn.Linear(1, 1))
+    with pytest.raises(Unsupported, match="up: its low-rank branch reads unquantized inputs"):
+        _refuse_online(plain, {"up": term})  # type: ignore[arg-type]
+    _refuse_online(plain, {"up": dataclasses.replace(term, branch=False)})  # type: ignore[arg-type]
+
+
+def test_a_folder_that_cannot_be_made(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="absent: no folder can be made here: No such file or directory"):
+        write("gptq w4 g16", folder="absent/out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_asymmetric_packed_weights_still_do_not_load(tmp_path: Path, tiny: Path) -> None:

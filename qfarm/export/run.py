@@ -71,6 +71,7 @@ def export(stored: StoredCell, out: str, format: str, data: str | None, command:
             (part / "README.md").write_text(model_card(stored, chosen, facts, final.name))
             _settle(part)
             os.rename(part, final)
+            _sync(final.parent)
         except OSError as error:
             raise InvalidInput(f"{out}: cannot be written: {error.strerror}") from error
     why = [f"not written as {name}: {problem}" for name, problem in refused.items()]
@@ -83,7 +84,7 @@ def _aside(final: Path) -> Iterator[Path]:
     """A folder beside the final one, under a name that nobody takes for it; gone when it was not renamed."""
     part = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
     try:
-        part.mkdir(parents=True)
+        part.mkdir()
     except OSError as error:
         raise InvalidInput(f"{final.parent}: no folder can be made here: {error.strerror}") from error
     try:
@@ -171,8 +172,12 @@ def _settle(folder: Path) -> None:
     for path in folder.glob("*.safetensors"):
         path.chmod((folder / "config.json").stat().st_mode)
     for path in [*folder.iterdir(), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
