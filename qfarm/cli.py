@@ -363,7 +363,7 @@ def _export(
     if cell is None:
         cell = _pick(store, *wanted)
     stored = stored_cell(store, cell)
-    if not stored.on_gpu:  # before torch is imported: what a CPU measured is made on one
+    if not stored.on_gpu:  # before anything asks for CUDA: what a CPU measured is made on one
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from qfarm.console import print_error
     from qfarm.export.run import export as write_export
