@@ -47,6 +47,7 @@ class LayerResult:
 
 GridOf = Callable[[str], Grid | None]  # role -> grid; None leaves layers of that role at 16 bits
 Report = Callable[[int, int], None]  # blocks done, blocks
+Keep = Callable[[str, QuantizedWeight], None]  # is handed each layer's module name and codes
 
 
 def quantize_weights(
@@ -62,15 +63,17 @@ def quantize_weights(
     batch_tokens: int = BATCH_TOKENS,
     shared: SharedStatistics | None = None,
     input_bits: int = UNTOUCHED,
+    keep: Keep | None = None,
 ) -> list[LayerResult]:
     """Quantize every decoder linear of the model in place; windows [samples, length] are token ids.
 
     `windows` may be None when neither the solver nor a wrapper needs statistics. `shared` holds those of the same
     windows, collected with the same batches; it serves independent mode only. `input_bits` is what
     the inputs of linear layers will be quantized to, for solvers that train against it. Embeddings and the head are
-    untouched, norms and biases too unless a block solver learns them.
+    untouched, norms and biases too unless a block solver learns them. `keep` is handed every quantized layer.
     """
-    run = _Run(loaded, solver, tuple(wrappers), grid_of, windows, sequential, seed, batch_tokens, shared, input_bits)
+    terms = tuple(wrappers)
+    run = _Run(loaded, solver, terms, grid_of, windows, sequential, seed, batch_tokens, shared, input_bits, keep)
     results: list[LayerResult] = []
     for index in range(len(loaded.blocks)):
         report(index, len(loaded.blocks))
@@ -94,10 +97,11 @@ class _Run:
         batch_tokens: int,
         shared: SharedStatistics | None,
         input_bits: int,
+        keep: Keep | None,
     ) -> None:
         self.loaded, self.solver, self.wrappers, self.grid_of, self.seed = loaded, solver, wrappers, grid_of, seed
         self.wanted = solver.statistics().union(*(wrapper.statistics() for wrapper in wrappers))
-        self.input_bits = input_bits
+        self.input_bits, self.keep = input_bits, keep
         self.sequential = (sequential or solver.true_sequential) and not solver.original_inputs
         self.walk, self.original = None, None
         # A block solver walks the model itself, for its inputs and its targets.
@@ -220,6 +224,8 @@ class _Run:
     ) -> LayerResult:
         for wrapper in self.wrappers:
             quantized = wrapper.wrap(linear.weight.detach().float(), quantized, inputs)
+        if self.keep is not None:
+            self.keep(self.loaded.module_name(index, role), quantized)
         return _replace(self.loaded, index, role, linear, quantized, inputs)
 
 

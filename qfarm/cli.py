@@ -1,4 +1,4 @@
-"""The command line: `qfarm plan`, `submit`, `report`, `show`, `compare`, `chat`, `methods`, `bench`, `store check`.
+"""The command line: `qfarm plan`, `submit`, `report`, `show`, `compare`, `chat`, `export`, `methods`, `doctor`, ...
 
 It only says where and how to run; every experiment option stands in the job file. Exit codes: 0 all well, 1 some
 cells failed for good, 2 bad input, 130 interrupted.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -174,6 +175,7 @@ def _submit_here(
     from qfarm.console import Console
     from qfarm.environment import data_folder
     from qfarm.events import JobEnded, JobStarted, Note
+    from qfarm.work import open_work
 
     location = _store_location(job)
     if address:
@@ -185,7 +187,7 @@ def _submit_here(
     # Planned before the store is made: a job that cannot run leaves nothing behind.
     known = _open(location) if _is_store(location) else None
     planned = _plan(job, known, data, provisional=False)
-    work = _work(planned, only)
+    work = open_work(planned, only)
     store = _open(location, create=True)
     _remember(store.location)
     settings = driver.Settings(
@@ -215,32 +217,6 @@ def _submit_here(
     click.echo()
     _print_report(store, "terminal", {}, job.margins)
     return FAILED if summary.failed or summary.stopped else 0
-
-
-def _work(plan: Plan, only: str | None) -> list[Any]:
-    from qfarm.driver import CellWork
-    from qfarm.evaluate import build_evaluator
-    from qfarm.matrix import find_cell
-    from qfarm.plan import shares
-
-    chosen = find_cell(tuple(p.cell for p in plan.cells), only).cell_id if only else None
-    open_cells = [p for p in plan.cells if not p.done and chosen in (None, p.cell.cell_id)]
-    baselines = {p.cell.fingerprint for p in open_cells if p.cell.is_baseline}
-    share = shares(p.cell for p in open_cells)
-    work = []
-    for planned in open_cells:
-        compares = any(build_evaluator(spec.name, spec.options).needs_baseline for spec in planned.missing)
-        work.append(
-            CellWork(
-                cell=planned.cell,
-                evaluations=planned.missing,
-                needs_baseline=compares and not planned.cell.is_baseline and planned.cell.fingerprint in baselines,
-                estimate_s=planned.estimate.seconds,
-                share=share.get(planned.cell.cell_id, ()),
-                margin={measure: margin.text for measure, margin in plan.job.margins.items()},
-            )
-        )
-    return work
 
 
 @group.command()
@@ -368,19 +344,175 @@ def chat(cell: str, store: str | None, job: str | None, prompts: str | None, new
 
 
 @group.command()
+@click.argument("cell", required=False)
+@click.argument("out", required=False)
+@click.option("--store", metavar="STORE", help="Default: the last one submitted to.")
+@click.option(
+    "--format",
+    "style",
+    default="auto",
+    show_default=True,
+    metavar="FORMAT",
+    help="compressed-tensors, gptq or safetensors; auto: packed if it can be.",
+)
+@click.option("--best", is_flag=True, help="Instead of CELL: the one that the report's rule picks.")
+@click.option("--max-bits", type=float, metavar="BITS", help="With --best: stored bits per weight, at most.")
+@click.option("--model", metavar="NAME", help="With --best: of this model; * and ? match.")
+@click.option("--by", metavar="EVALUATION", help="With --best: where a model has several.")
+@DATA
+def export(
+    cell: str | None,
+    out: str | None,
+    store: str | None,
+    style: str,
+    best: bool,
+    max_bits: float | None,
+    model: str | None,
+    by: str | None,
+    data: str | None,
+) -> None:
+    """Write CELL to the new folder OUT as a checkpoint that other software loads.
+
+    The cell is quantized again, by the same code and seed; its codes are
+    written, loaded in a fresh process and compared with the cell's. What a
+    format cannot hold is refused. Exit code 1: it does not read back.
+
+    \b
+    Examples:
+      qfarm export "gptq w4 g64" smollm2-w4
+      qfarm export 5353cf smollm2-float --format safetensors
+      qfarm export --best --max-bits 4.25 --model "*smollm2*" smollm2-best
+    """
+    if best and cell is not None and out is None:
+        cell, out = None, cell
+    if best == (cell is not None) or out is None:
+        raise InvalidInput("export takes CELL OUT, or --best --max-bits BITS --model NAME OUT")
+    if best and (max_bits is None or model is None):
+        raise InvalidInput("--best needs --max-bits and --model")
+    if not best and (max_bits is not None or model is not None or by is not None):
+        raise InvalidInput("--max-bits, --model and --by choose a cell: they go with --best")
+    raise click.exceptions.Exit(_export(_open(store or _last_store()), cell, out, style, (model, max_bits, by), data))
+
+
+def _export(
+    store: Store,
+    cell: str | None,
+    out: str,
+    style: str,
+    wanted: tuple[str | None, float | None, str | None],
+    data: str | None,
+) -> int:
+    from qfarm.environment import data_folder
+    from qfarm.errors import NotVerified
+    from qfarm.export.stored import stored_cell
+
+    if cell is None:
+        cell = _pick(store, *wanted)
+    stored = stored_cell(store, cell)
+    if not stored.on_gpu:  # before anything asks for CUDA: what a CPU measured is made on one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from qfarm.console import print_error
+    from qfarm.export.run import export as write_export
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    try:
+        done = write_export(stored, out, style, data_folder(data), shlex.join(["qfarm", *sys.argv[1:]]), say)
+    except NotVerified as error:
+        print_error(" ".join(str(error).split()))
+        return FAILED
+    for note in done.notes:
+        click.echo(f"note: {note}")
+    sizes = done.manifest["sizes"]
+    click.echo(f"{done.folder}: {done.format}, {sizes['weight_files']:,} bytes of weights, verified; see its README.md")
+    return 0
+
+
+def _pick(store: Store, model: str | None, max_bits: float | None, by: str | None) -> str:
+    from qfarm.report.best import best
+    from qfarm.report.tables import load
+
+    assert model is not None and max_bits is not None
+    found = best(load(store), model, max_bits, by)
+    rule = "smallest loss within the budget" if found.ranked else "smallest loss; too few documents for any test"
+    click.echo(f"best: {found.label}, {found.linear_bits:.3f} bits, by {found.evaluation} ({rule})", err=True)
+    if found.tied:
+        click.echo(f"not shown worse: {', '.join(found.tied)}", err=True)
+    return found.cell_id
+
+
+@group.command()
+@click.argument("folder", type=click.Path())
+def verify(folder: str) -> None:
+    """Check an exported FOLDER: every tensor's hash, then its weights as a fresh process loads them.
+
+    Exit code 1 when something is wrong.
+
+    \b
+    Example:
+      qfarm verify smollm2-w4
+    """
+    from qfarm.export.verify import verify as verify_export
+
+    found = verify_export(Path(folder))
+    for line in found.faults:
+        click.echo(line)
+    click.echo(f"checked: {'; '.join(found.steps)}")
+    click.echo(f"{len(found.faults)} faults" if found.faults else "the export is sound")
+    raise click.exceptions.Exit(FAILED if found.faults else 0)
+
+
+@group.command()
 @click.argument("name", required=False)
-def methods(name: str | None) -> None:
+@click.option("--write", metavar="DIR", help="Write a Markdown page per method there instead.")
+def methods(name: str | None, write: str | None) -> None:
     """List the methods, or explain one: formula, options with defaults and ranges, differences from its paper.
 
     \b
     Examples:
       qfarm methods
       qfarm methods gptq
+      qfarm methods --write docs/methods
     """
-    from qfarm.report.methods import render_method, render_methods
+    from qfarm.report.methods import render_method, render_methods, write_pages
 
+    if write is not None:
+        if name is not None:
+            raise InvalidInput("methods: NAME and --write exclude each other")
+        click.echo(f"{write}: {len(write_pages(Path(write)))} pages")
+        return
     text = render_method(name, _width(), _color()) if name else render_methods(_width(), _color())
     click.echo(text, nl=False)
+
+
+@group.command()
+@click.option("--hub", is_flag=True, help="Also try to reach the model hub.")
+@click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
+@DATA
+def doctor(hub: bool, style: str, data: str | None) -> None:
+    """Say what this machine can run, and why not the rest.
+
+    Exit code 1 when something stops every job; a dash marks what only some
+    jobs need.
+
+    \b
+    Examples:
+      qfarm doctor
+      qfarm doctor --hub --format json
+    """
+    import dataclasses
+    import json
+
+    from qfarm.doctor import examine, render
+    from qfarm.environment import data_folder
+
+    found = examine(data_folder(data), hub=hub)
+    if style == "json":
+        click.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=1))
+    else:
+        click.echo(render(found, _width(), _color()), nl=False)
+    raise click.exceptions.Exit(FAILED if any(one.state == "fault" for one in found) else 0)
 
 
 @group.group("bench", cls=_Group)

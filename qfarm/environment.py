@@ -36,7 +36,7 @@ def provenance() -> dict[str, Any]:
     found: dict[str, Any] = {
         "qfarm": qfarm.__version__,
         "commit": git_commit(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in PACKAGES if (version := package_version(name))},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
@@ -52,7 +52,8 @@ def provenance() -> dict[str, Any]:
     return found
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Version of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -5,8 +5,10 @@ QfarmError
 |   |-- JobError      a job file
 |   |-- ModelError    a model reference or an unsupported architecture
 |   |-- DataError     a text or data set
-|   `-- StoreError    a results store
+|   |-- StoreError    a results store
+|   `-- Unsupported   an export that its format cannot hold
 |-- Unavailable       a hub, an index or a file server does not answer; retried
+|-- NotVerified       an export does not read back as what was measured; it is not kept
 |-- NonFinite         NaN or Inf where a number was needed; given up
 `-- StoreFull         no space (or no permission) left where results go; not the cell's fault
 """
@@ -42,7 +44,15 @@ class StoreError(InvalidInput):
     pass
 
 
+class Unsupported(InvalidInput):
+    pass
+
+
 class Unavailable(QfarmError):
+    pass
+
+
+class NotVerified(QfarmError):
     pass
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qfarm import environment
-from qfarm.calibrate import LayerResult, quantize_weights
+from qfarm.calibrate import Keep, LayerResult, quantize_weights
 from qfarm.errors import Failure, InvalidInput, StoreFull, Unavailable, classify
 from qfarm.evaluate import build_evaluator
 from qfarm.inputs import Statistic
@@ -328,6 +328,23 @@ def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> tup
 
     What happened to each linear layer, and what was installed beside the weights.
     """
+    layers, observed = quantize_linears(session, progress)
+    recipe, scheme = Recipe.from_specs(session.cell.methods), parse_scheme(session.cell.scheme)
+    windows = session.calibration() if session.cell.calibration else None
+    installed = install_sites(session.loaded, recipe, scheme, observed, windows)
+    session.causal = installed.causal is not False
+    for note in installed.notes:
+        session.note(note)
+    return [_with_table(layer, installed) for layer in layers], installed
+
+
+def quantize_linears(
+    session: Session, progress: Callable[[int, int], None], keep: Keep | None = None
+) -> tuple[list[LayerResult], Observed]:
+    """The first half of `quantize_cell`: transforms and weights, nothing installed at other sites yet.
+
+    What happened to each linear layer, and what was observed for those sites. `keep` is handed each layer's codes.
+    """
     cell = session.cell
     recipe, scheme = Recipe.from_specs(cell.methods), parse_scheme(cell.scheme)
     solver = recipe.solver or build_method("rtn", {})
@@ -363,14 +380,11 @@ def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> tup
         seed=cell.seed or 0,
         shared=session.shared_statistics(),
         input_bits=scheme.linear_in,
+        keep=keep,
     )
     for note in substitutes(solver.name, layers):
         session.note(note)
-    installed = install_sites(session.loaded, recipe, scheme, observed, windows)
-    session.causal = installed.causal is not False
-    for note in installed.notes:
-        session.note(note)
-    return [_with_table(layer, installed) for layer in layers], installed
+    return layers, observed
 
 
 def _with_table(layer: LayerResult, installed: Installed) -> LayerResult:

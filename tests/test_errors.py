@@ -16,6 +16,7 @@ from qfarm.errors import (
     StoreError,
     StoreFull,
     Unavailable,
+    Unsupported,
     classify,
     nearest,
 )
@@ -53,7 +54,7 @@ def test_an_allocation_that_really_fails_is_out_of_memory() -> None:
 
 
 def test_the_tree() -> None:
-    assert all(issubclass(kind, InvalidInput) for kind in (JobError, ModelError, DataError, StoreError))
+    assert all(issubclass(kind, InvalidInput) for kind in (JobError, ModelError, DataError, StoreError, Unsupported))
     assert all(issubclass(kind, QfarmError) for kind in (InvalidInput, Unavailable, NonFinite, StoreFull))
     assert not issubclass(StoreFull, InvalidInput)  # not the user's fault: the cell is tried again
 

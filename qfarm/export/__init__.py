@@ -1,0 +1,1 @@
+"""Export: a stored cell as a checkpoint that other software loads, verified before it gets its name."""
