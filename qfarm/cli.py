@@ -245,18 +245,26 @@ def _work(plan: Plan, only: str | None) -> list[Any]:
 
 @group.command()
 @click.argument("store", required=False)
-@click.option("--format", "style", type=click.Choice(["terminal", "markdown", "csv", "json"]), default="terminal")
+@click.option(
+    "--format", "style", type=click.Choice(["terminal", "markdown", "latex", "csv", "json"]), default="terminal"
+)
+@click.option("--html", metavar="FILE", type=click.Path(), help="Write a page with charts instead, in one file.")
 @click.option("--model", metavar="NAME", help="Only this model; * and ? match.")
 @click.option("--method", metavar="NAME", help="Only this recipe, e.g. 'gptq' or 'smoothquant+*'.")
 @click.option("--bits", metavar="SCHEME", help="Only this scheme, e.g. 'w4'.")
+@click.option("--where", metavar="CONDITION", help="Only rows for which it holds, e.g. 'stored<=4.5 and best=yes'.")
+@click.option("--sort", metavar="COLUMN", help="Order of the rows, e.g. 'change'; '-change' for falling.")
 @click.option("--against", metavar="NAME", help="Beside published figures: of a paper or repository, or a *.yaml file.")
 @MARGIN
 def report(
     store: str | None,
     style: str,
+    html: str | None,
     model: str | None,
     method: str | None,
     bits: str | None,
+    where: str | None,
+    sort: str | None,
     against: str | None,
     margin: str | None,
 ) -> None:
@@ -265,14 +273,21 @@ def report(
     \b
     Examples:
       qfarm report
-      qfarm report results/quickstart --format markdown
+      qfarm report results/quickstart --html report.html
+      qfarm report --bits w4 --where "stored<=4.5" --sort change
+      qfarm report results/quickstart --format latex
       qfarm report results/published-gptq --against qllm-infer
     """
     filters = {"model": model, "recipe": method, "scheme": bits}
     if against is not None:
-        if margin is not None:
-            raise InvalidInput("--margin judges against the baseline; it has no part in --against")
+        _refuse_with_against(style, {"--margin": margin, "--html": html, "--where": where, "--sort": sort})
         _print_against(_open(store or _last_store()), against, style, filters)
+        return
+    filters |= {"where": where, "sort": sort}
+    if html is not None:
+        if style != "terminal":
+            raise InvalidInput(f"--html and --format {style} exclude each other")
+        _write_html(_open(store or _last_store()), Path(html), filters, _margins(margin))
         return
     _print_report(_open(store or _last_store()), style, filters, _margins(margin))
 
@@ -509,6 +524,36 @@ def _print_report(
 
     text = render(load(store, margins), style, width=_width(), color=_color(), **filters)
     click.echo(text, nl=False)
+
+
+def _write_html(store: Store, path: Path, filters: dict[str, str | None], margins: Mapping[str, Margin]) -> None:
+    from qfarm.record import utc_now
+    from qfarm.report.choose import chosen
+    from qfarm.report.html import to_html
+    from qfarm.report.tables import load
+
+    text = to_html(chosen(load(store, margins), **filters), store, written=utc_now())
+    _write_whole(path, text.encode())
+    click.echo(f"{path}: {len(text.encode()):,} bytes; opens in any browser, without a network")
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """A file that is there whole or not at all. Raises InvalidInput where it cannot be written."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
+    try:
+        aside.write_bytes(data)
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise InvalidInput(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _refuse_with_against(style: str, given: Mapping[str, str | None]) -> None:
+    for option, value in given.items():
+        if value is not None:
+            raise InvalidInput(f"{option} judges or places what was measured; it has no part in --against")
+    if style == "latex":
+        raise InvalidInput("--format latex has no part in --against; markdown, csv and json have")
 
 
 def _print_against(store: Store, name: str, style: Any, filters: dict[str, str | None]) -> None:

@@ -32,6 +32,7 @@ def over_seeds(table: Table) -> str:
 
 
 def caption(table: Table) -> Iterator[str]:
+    """What all rows of a table rest on."""
     yield _measured(table)
     yield from _divergence_floor(table)
     differences = [row.difference for row in table.rows if row.difference and row.stopped is None]
@@ -40,11 +41,18 @@ def caption(table: Table) -> Iterator[str]:
         yield from _family(table)
         yield from _best(table)
         yield _noise(table, differences)
-    for row in table.rows[:ROWS_SHOWN]:
+    yield from (plain(text, ERROR_SHOWN) for text in table.remarks)
+
+
+def row_notes(rows: Sequence[Row]) -> Iterator[str]:
+    """What single rows rest on, or were done differently."""
+    for row in rows:
         for text in (row.remark, *row.notes):
             if text:
                 yield f"{plain(row.name)} {plain(row.cell.scheme)}: {plain(text, ERROR_SHOWN)}"
-    yield from (plain(text, ERROR_SHOWN) for text in table.remarks)
+
+
+def hidden_rows(table: Table) -> Iterator[str]:
     hidden = len(table.rows) - ROWS_SHOWN
     if hidden > 0:
         yield f"{plural(hidden, 'more row')} than a terminal shows: --format csv has all"
