@@ -336,6 +336,34 @@ def compare(first: str, second: str, store: str | None, style: str, margin: str 
     click.echo(text, nl=False)
 
 
+@group.command("query")
+@click.argument("sql", required=False)
+@click.option("--store", metavar="STORE", help="Default: the last one submitted to.")
+@click.option("--format", "style", type=click.Choice(["table", "csv", "json"]), default="table")
+@click.option("--timeout", default=300.0, show_default=True, help="Seconds after which a query is stopped.")
+def query_command(sql: str | None, store: str | None, style: str, timeout: float) -> None:
+    """Ask the store anything: one SELECT over its views. Without SQL: list the views and their columns.
+
+    \b
+    Examples:
+      qfarm query
+      qfarm query "SELECT recipe, scheme, value FROM results WHERE metric = 'perplexity' ORDER BY value"
+      qfarm query "SELECT * FROM failures" --format json
+    """
+    from qfarm import query
+    from qfarm.report.answers import render_answer, render_views
+
+    if sql is None:
+        click.echo(render_views(_width(), _color()), nl=False)
+        return
+    answer = query.query(_open(store or _last_store()), sql, timeout)
+    if style == "table":
+        text = render_answer(answer, _width(), _color())
+    else:
+        text = query.to_csv(answer) if style == "csv" else query.to_json(answer)
+    click.echo(text, nl=False)
+
+
 @group.command()
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:

@@ -126,6 +126,22 @@ class Store:
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise StoreError(f'{self.location}: table "{table}" has a column of another type: {error}') from error
 
+    def files(self, table: str) -> list[str]:
+        """The parts of a table that manifests name, as files, in the order of `read`; for programs that read Parquet.
+
+        They are not compared with their manifests: `check` does that.
+        """
+        _target(table, None)
+        kind = next(name for name, kind in KINDS.items() if table in kind.tables)
+        with ThreadPoolExecutor(READERS) as pool:
+            found = pool.map(lambda key: self._found(manifest_path(kind, key)), self._keys(kind))
+            return [
+                os.path.join(self.location, part.path)
+                for manifest in found
+                for part in (manifest.parts if manifest else ())
+                if part.table == table
+            ]
+
     def check(self) -> Findings:
         """Hold every file against its manifest. A sound store has no faults; leftovers do it no harm."""
         # Parts are listed before the manifests, so that a publication that ends meanwhile leaves no orphans.
@@ -241,16 +257,19 @@ class Store:
             raise ValueError(f"is a copy of {proper}")
         return manifest
 
-    def _load(self, kind: str, key: tuple[str, ...], table: str, columns: list[str]) -> list[pa.Table]:
-        """These columns, as far as they exist, of the parts of a table that one manifest names."""
-        path = manifest_path(kind, key)
+    def _found(self, path: str) -> Manifest | None:
+        """A manifest, or None and a warning where it is torn."""
         try:
-            manifest = self._manifest(path)
+            return self._manifest(path)
         except ValueError as error:
             logger.warning("%s/%s: passed over, for it %s", self.location, path, error)
-            return []
+            return None
+
+    def _load(self, kind: str, key: tuple[str, ...], table: str, columns: list[str]) -> list[pa.Table]:
+        """These columns, as far as they exist, of the parts of a table that one manifest names."""
+        manifest = self._found(manifest_path(kind, key))
         loaded = []
-        for part in manifest.parts:
+        for part in manifest.parts if manifest else ():
             if part.table == table:
                 try:
                     # The parts are read side by side already.
