@@ -31,16 +31,18 @@ def over_seeds(table: Table) -> str:
     return "over seeds: means, and intervals for other calibration samples and other text"
 
 
-def caption(table: Table) -> Iterator[str]:
-    """What all rows of a table rest on."""
+def caption(table: Table, brief: bool = False) -> Iterator[str]:
+    """What all rows of a table rest on; `brief`: without the floors."""
     yield _measured(table)
-    yield from _divergence_floor(table)
+    if not brief:
+        yield from _divergence_floor(table)
     differences = [row.difference for row in table.rows if row.difference and row.stopped is None]
     if differences:
         yield _meaning(table, differences)
         yield from _family(table)
         yield from _best(table)
-        yield _noise(table, differences)
+        if not brief:
+            yield _noise(table, differences)
     yield from (plain(text, ERROR_SHOWN) for text in table.remarks)
 
 

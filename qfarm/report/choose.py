@@ -53,8 +53,10 @@ def chosen(results: Results, *, where: str | None = None, sort: str | None = Non
         if name not in names | FLAGS.keys():
             raise InvalidInput(f'{option}: no column "{name}"{nearest(name, names | FLAGS.keys())}')
     tables = [_filtered(table, conditions) for table in found.tables]
-    if conditions and not any(not row.is_baseline for table in tables for row in table.rows):
-        raise InvalidInput(f"--where {where}: no row matches")
+    if conditions:
+        tables = [table for table in tables if any(not row.is_baseline for row in table.rows)]
+        if not tables:
+            raise InvalidInput(f"--where {where}: no row matches")
     return dataclasses.replace(found, tables=tuple(_sorted(table, sort) if sort else table for table in tables))
 
 

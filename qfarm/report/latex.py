@@ -13,8 +13,9 @@ from qfarm.report.captions import caption, failures, row_notes, title
 from qfarm.report.columns import Column, columns_of
 from qfarm.report.rows import Results, Row, Table
 
-LEFT_OUT = ("seed", "with seed noise", "right", "flips", "lost", "gained", "KL back", "model bits", "causal", "Pareto")
-LEFT_OUT_TOO = ("time", "cell")
+LEFT_OUT = frozenset(
+    {"with seed noise", "right", "flips", "lost", "gained", "KL back", "model bits", "causal", "Pareto", "time", "cell"}
+)
 _SPECIAL = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -41,7 +42,7 @@ def to_latex(results: Results) -> str:
 
 
 def _table(table: Table, index: int) -> Iterator[str]:
-    columns = [column for column in columns_of(table) if column.heading not in (*LEFT_OUT, *LEFT_OUT_TOO)]
+    columns = [column for column in columns_of(table) if column.heading not in LEFT_OUT]
     yield "\\begin{table}"
     yield "\\centering"
     yield f"\\caption{{{_escaped(_caption(table))}}}"
@@ -71,7 +72,7 @@ def _cell(column: Column, row: Row) -> str:
 
 def _caption(table: Table) -> str:
     """Title, protocol, n and what the marks mean; a reader of one page has to do without the rest."""
-    lines = [line.rstrip(".").replace("(|)", "(bullet)") for line in caption(table)]
+    lines = [line.rstrip(".").replace("(|)", "(bullet)") for line in caption(table, brief=True)]
     stopped = [row for row in table.rows if row.stopped is not None]
     return ". ".join([title(table), *lines, *row_notes(stopped)]) + "."
 
