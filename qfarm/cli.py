@@ -336,6 +336,29 @@ def compare(first: str, second: str, store: str | None, style: str, margin: str 
     click.echo(text, nl=False)
 
 
+@group.command("diff")
+@click.argument("first", metavar="STORE")
+@click.argument("second", metavar="STORE")
+@click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
+def diff_command(first: str, second: str, style: str) -> None:
+    """Tell what changed from the first STORE to the second: two runs, commits or clusters.
+
+    Significant differences, paired by document, what only one of them holds, and what differs in their provenance. Exit
+    code 1 when something differs significantly.
+
+    \b
+    Example:
+      qfarm diff results/monday results/tuesday
+    """
+    from qfarm.report.diff import diff
+    from qfarm.report.diff_text import diff_json, render_diff
+
+    found = diff(_open(first), _open(second))
+    text = diff_json(found) if style == "json" else render_diff(found, (first, second), _width(), _color())
+    click.echo(text, nl=False)
+    raise click.exceptions.Exit(FAILED if found.significant else 0)
+
+
 @group.command("query")
 @click.argument("sql", required=False)
 @click.option("--store", metavar="STORE", help="Default: the last one submitted to.")
