@@ -336,6 +336,25 @@ def compare(first: str, second: str, store: str | None, style: str, margin: str 
     click.echo(text, nl=False)
 
 
+@group.command("pack")
+@click.argument("store")
+@click.argument("out", type=click.Path())
+def pack_command(store: str, out: str) -> None:
+    """Write STORE to one file, OUT, that another person can verify, read and merge.
+
+    \b
+    Examples:
+      qfarm pack results/quickstart quickstart.qfarm
+      qfarm store check quickstart.qfarm
+      qfarm report quickstart.qfarm
+      qfarm store merge results/all quickstart.qfarm
+    """
+    from qfarm.pack import pack
+
+    found = pack(_open(store), Path(out))
+    click.echo(f"{out}: {found.results:,} publications, {found.bytes:,} bytes, sha256 {found.sha256}")
+
+
 @group.command("diff")
 @click.argument("first", metavar="STORE")
 @click.argument("second", metavar="STORE")
@@ -492,12 +511,34 @@ def store_group() -> None:
     """
 
 
+@store_group.command("merge")
+@click.argument("into", metavar="STORE")
+@click.argument("others", metavar="OTHER...", nargs=-1, required=True)
+def store_merge(into: str, others: tuple[str, ...]) -> None:
+    """Add to STORE what OTHER stores or packs hold and it lacks; STORE is made where there is none.
+
+    Every part is compared with its hash first. What both hold stays as it is in STORE.
+
+    \b
+    Example:
+      qfarm store merge results/all results/monday from-a-colleague.qfarm
+    """
+    from qfarm.pack import merge
+
+    opened = [_open(other) for other in others]
+    found = merge(_open(into, create=True), opened)
+    click.echo(f"{into}: {found.added:,} publications added, {found.same:,} were there with the same contents")
+    if found.other:
+        click.echo(f"{found.other:,} were there with other contents and stay: `qfarm diff` tells what differs")
+
+
 @store_group.command("check")
 @click.argument("store", required=False)
 def store_check(store: str | None) -> None:
     """Verify every file of STORE against its manifests; exit code 1 when something is wrong.
 
-    Files that a killed writer left behind are listed, but no reader sees them: the store is sound all the same.
+    STORE may be a pack. Files that a killed writer left behind are listed, but no reader sees them: the store is sound
+    all the same.
 
     \b
     Example:
