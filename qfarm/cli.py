@@ -11,9 +11,10 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+WATCH_SECONDS = 2.0  # between looks at a store
 INVALID_SHOWN = 5  # combinations that cannot be, listed at submission; the plan lists all
 MARGIN = click.option(
     "--margin",
@@ -171,6 +173,7 @@ def _submit_here(
     job: Job, path: str, address: str | None, where: str, local: bool, only: str | None, data: str | None
 ) -> int:
     from qfarm import driver
+    from qfarm.beacon import Beacon
     from qfarm.console import Console
     from qfarm.environment import data_folder
     from qfarm.events import JobEnded, JobStarted, Note
@@ -191,24 +194,24 @@ def _submit_here(
     settings = driver.Settings(
         address=address, resources=job.file.resources, retries=job.file.retries, data=data_folder(data)
     )
-    with Console() as console:
+    with Console() as console, Beacon(store.location, console) as beacon:
         done = len(planned.cells) - len(work) if only is None else 0
-        console.handle(
+        beacon.handle(
             JobStarted(job=job.file.name, where=where, store=store.location, cells=len(work), done_before=done)
         )
         for invalid in planned.invalid[:INVALID_SHOWN]:
-            console.handle(Note(text=f"not run: {invalid.label}: {invalid.rule}"))
+            beacon.handle(Note(text=f"not run: {invalid.label}: {invalid.rule}"))
         if len(planned.invalid) > INVALID_SHOWN:
             more = len(planned.invalid) - INVALID_SHOWN
-            console.handle(Note(text=f"and {more} more combinations that cannot be: qfarm plan {path}"))
+            beacon.handle(Note(text=f"and {more} more combinations that cannot be: qfarm plan {path}"))
         for note in planned.notes:
-            console.handle(Note(text=note))
+            beacon.handle(Note(text=note))
         if work:
             run = driver.run_local if local else driver.run
-            summary = run(work, settings, console.handle, job_name=job.file.name, store_location=store.location)
+            summary = run(work, settings, beacon.handle, job_name=job.file.name, store_location=store.location)
         else:  # what is there already can be seen again without Ray and without a GPU
-            console.handle(Note(text="nothing to run: every result is in the store"))
-            console.handle(JobEnded(finished=0, failed=0, interrupted=False, seconds=0.0))
+            beacon.handle(Note(text="nothing to run: every result is in the store"))
+            beacon.handle(JobEnded(finished=0, failed=0, interrupted=False, seconds=0.0))
             summary = driver.Summary(finished=0, failed=0, interrupted=False)
     if summary.interrupted:
         return INTERRUPTED
@@ -254,6 +257,7 @@ def _work(plan: Plan, only: str | None) -> list[Any]:
 @click.option("--bits", metavar="SCHEME", help="Only this scheme, e.g. 'w4'.")
 @click.option("--where", metavar="CONDITION", help="Only rows for which it holds, e.g. 'stored<=4.5 and best=yes'.")
 @click.option("--sort", metavar="COLUMN", help="Order of the rows, e.g. 'change'; '-change' for falling.")
+@click.option("--watch", is_flag=True, help="On a terminal: print it again when results come in, until Ctrl-C.")
 @click.option("--against", metavar="NAME", help="Beside published figures: of a paper or repository, or a *.yaml file.")
 @MARGIN
 def report(
@@ -265,6 +269,7 @@ def report(
     bits: str | None,
     where: str | None,
     sort: str | None,
+    watch: bool,
     against: str | None,
     margin: str | None,
 ) -> None:
@@ -287,9 +292,14 @@ def report(
     if html is not None:
         if style != "terminal":
             raise InvalidInput(f"--html and --format {style} exclude each other")
+        _refuse_watch(watch, "--html")
         _write_html(_open(store or _last_store()), Path(html), filters, _margins(margin))
         return
-    _print_report(_open(store or _last_store()), style, filters, _margins(margin))
+    found, given = _open(store or _last_store()), _margins(margin)
+    if watch:
+        _refuse_watch(style != "terminal", f"--format {style}")
+        _watch(found, lambda: _print_report(found, style, filters, given))
+    _print_report(found, style, filters, given)
 
 
 @group.command()
@@ -334,6 +344,36 @@ def compare(first: str, second: str, store: str | None, style: str, margin: str 
     found = compare_cells(_open(store or _last_store()), first, second, _margins(margin))
     text = comparison_json(found) if style == "json" else render_comparison(found, width=_width(), color=_color())
     click.echo(text, nl=False)
+
+
+@group.command()
+@click.argument("store", required=False)
+@click.option("--watch", is_flag=True, help="On a terminal: follow until no job is at work any more.")
+def status(store: str | None, watch: bool) -> None:
+    """Tell what STORE holds by now and which jobs are at work on it, from any terminal that sees it.
+
+    A running job writes how far it is into its store; on another machine only the time of its last sign tells whether
+    it lives.
+
+    \b
+    Examples:
+      qfarm status
+      qfarm status results/quickstart --watch
+    """
+    from qfarm.beacon import running
+
+    found = _open(store or _last_store())
+
+    def at_work() -> bool:
+        return any(job.state != "gone" for job in running(found.location))
+
+    if watch:
+        _require_terminal()
+        while at_work():
+            click.clear()
+            click.echo(_status(found), nl=False)
+            time.sleep(WATCH_SECONDS)
+    click.echo(_status(found), nl=False)
 
 
 @group.command("pack")
@@ -389,7 +429,7 @@ def query_command(sql: str | None, store: str | None, style: str, timeout: float
     \b
     Examples:
       qfarm query
-      qfarm query "SELECT recipe, scheme, value FROM results WHERE metric = 'perplexity' ORDER BY value"
+      qfarm query "SELECT recipe, scheme, value FROM results ORDER BY value"
       qfarm query "SELECT * FROM failures" --format json
     """
     from qfarm import query
@@ -616,6 +656,37 @@ def _print_report(
 
     text = render(load(store, margins), style, width=_width(), color=_color(), **filters)
     click.echo(text, nl=False)
+
+
+def _status(store: Store) -> str:
+    from qfarm.beacon import running
+    from qfarm.report.status import render_status
+
+    now = datetime.datetime.now(datetime.UTC)
+    return render_status(store, store.location, running(store.location), now, _width(), _color())
+
+
+def _require_terminal() -> None:
+    if not sys.stdout.isatty():
+        raise InvalidInput("--watch needs a terminal")
+
+
+def _refuse_watch(both: bool, option: str) -> None:
+    if both:
+        raise InvalidInput(f"--watch and {option} exclude each other")
+
+
+def _watch(store: Store, show: Callable[[], None]) -> NoReturn:
+    """Show on a cleared terminal, again whenever results come in, until it is interrupted."""
+    _require_terminal()
+    seen: object = None
+    while True:
+        held = store.finished_evaluations(), store.finished_attempts()
+        if held != seen:
+            click.clear()
+            show()
+            seen = held
+        time.sleep(WATCH_SECONDS)
 
 
 def _write_html(store: Store, path: Path, filters: dict[str, str | None], margins: Mapping[str, Margin]) -> None:

@@ -5,6 +5,7 @@
     STORE/manifests/evaluation/CELL.EVALUATION.json          of metrics, documents, analysis
     STORE/manifests/attempt/CELL.ATTEMPT.json                of attempts
     STORE/parts/TABLE/CELL[.EVALUATION].ATTEMPT.TOKEN.parquet
+    STORE/running/HOST-PID.json                              news of jobs at work (qfarm.beacon); no result
 
 Parts are published first, their manifest last. The first manifest of a name wins, and readers read only what manifests
 name, so the work of losers, of stragglers and of writers that died cannot be seen. Anything that reads Parquet reads
@@ -120,6 +121,10 @@ class Store:
     def finished_evaluations(self) -> frozenset[tuple[str, str]]:
         """(cell_id, eval_id) of the evaluations published, from the manifests' names alone."""
         return frozenset((cell_id, eval_id) for cell_id, eval_id in self._keys("evaluation"))
+
+    def finished_attempts(self) -> frozenset[tuple[str, str]]:
+        """(cell_id, attempt_id) of the attempts published, from the manifests' names alone."""
+        return frozenset((cell_id, attempt_id) for cell_id, attempt_id in self._keys("attempt"))
 
     def read(
         self, table: str, *, columns: Sequence[str] | None = None, cell_ids: Collection[str] | None = None
