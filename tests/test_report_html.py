@@ -207,7 +207,7 @@ def test_differences_are_sorted_and_say_what_is_judged() -> None:
     drawn = figures(planted().store)["changes"]
     values = [point["value"] for point in data(drawn)]
     assert values == sorted(values) and len(values) == 9
-    assert {point["name"].split(":")[0]: point["judged"] for point in data(drawn)}["rtn w4 g64"] == "differs"
+    assert {point["name"].split(": ")[1]: point["judged"] for point in data(drawn)}["w4 g64 rtn"] == "differs"
     assert all(point["low"] <= point["value"] <= point["high"] for point in data(drawn))
 
 

@@ -67,9 +67,9 @@ def size_against_quality(points: Sequence[Point], baseline: float | None, title:
 
 
 def changes(points: Sequence[Point], title: str, wide: bool) -> Spec:
-    """One row per point, its name above it: name, value, low, high, mark, label. `wide`: ends are orders apart."""
+    """One row per point, its name above it: id, name, value, low, high, judged, label. `wide`: ends orders apart."""
     chart = alt.Chart(alt.InlineData(values=list(points)))
-    y = alt.Y("name:N", sort=None, axis=None)
+    y = alt.Y("id:N", sort=None, axis=None)
     scale = alt.Scale(type="symlog", constant=1, nice=False) if wide else alt.Scale(nice=False, padding=8)
     axis = alt.Axis(values=_symlog_ticks(_ends(points, "value"))) if wide else alt.Axis(tickCount=5)
     x = alt.X("value:Q", title=title, scale=scale, axis=axis)
@@ -83,9 +83,9 @@ def changes(points: Sequence[Point], title: str, wide: bool) -> Spec:
         chart.mark_point(filled=True, yOffset=6, size=60, opacity=1).encode(
             x=x, y=y, color=colour, shape=shape, tooltip="label:N", description="label:N"
         ),
-        chart.mark_text(align="left", baseline="bottom", dy=-1, color=INK, aria=False, limit=330).encode(
-            x=alt.value(0), y=y, text="name:N"
-        ),
+        chart.mark_text(
+            align="left", baseline="bottom", dy=-1, color=INK, aria=False, limit=alt.ExprRef("width")
+        ).encode(x=alt.value(0), y=y, text="name:N"),
     ]
     return _spec(alt.layer(*layers).properties(height=NAMED_ROW * len(points)))
 
@@ -129,8 +129,7 @@ def bars(points: Sequence[Point], title: str) -> Spec:
     if _have_ends(points):
         error = chart.mark_rule(color=INK, yOffset=7, aria=False)
         layers.append(error.encode(x=alt.X("low:Q"), x2="high:Q", y=y))
-    names = chart.mark_text(align="left", baseline="bottom", dy=-1, color=INK, aria=False, limit=330)
-    layers.append(names.encode(x=alt.value(0), y=y, text="name:N"))
+    layers.append(_names_above(chart, y))
     return _spec(alt.layer(*layers).properties(height=NAMED_ROW * len(points)))
 
 
@@ -168,6 +167,13 @@ def curves(
     if _have_ends(points):
         layers.append(chart.mark_rule(aria=False).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=series))
     return _spec(alt.layer(*layers).properties(height=HEIGHT))
+
+
+def _names_above(chart: alt.Chart, y: alt.Y) -> alt.Chart:
+    """Names on a line of their own: beside a chart they would take half of a phone's width."""
+    text = chart.mark_text(align="left", baseline="bottom", dy=-1, color=INK, aria=False, limit=alt.ExprRef("width"))
+    named: alt.Chart = text.encode(x=alt.value(0), y=y, text="name:N")
+    return named
 
 
 def _ends(points: Sequence[Point], name: str) -> list[float]:
@@ -214,7 +220,7 @@ def _log_axis(ends: Sequence[float]) -> alt.Axis:
         if len(inside) >= 3:
             break
     thinned = inside[:: math.ceil(len(inside) / 8) or 1] or sorted({round(low, 3), round(high, 3)})
-    return alt.Axis(values=thinned, format="~g")
+    return alt.Axis(values=thinned, format=",~g")
 
 
 def _symlog_ticks(ends: Sequence[float]) -> list[float]:

@@ -23,7 +23,7 @@ MAPS = 6  # cells of one model whose layers are mapped
 TASK_RECIPES = 6  # recipes that share a chart of tasks
 SWEPT = 3  # values of an option that make a curve
 ASIDE = 0.006  # of its bits, by which a point is moved aside for each neighbour of the same size
-NEAR = 0.3  # of a chart's width: closer names would overlap
+NEAR, NEAR_UP = 0.5, 0.07  # of a chart's width and height: closer names would overlap
 SYMLOG = 20.0  # percent: from changes of this size on, an axis is logarithmic on both sides of zero
 
 
@@ -52,9 +52,15 @@ def of_table(table: Table, anchor: str) -> Iterator[Drawn]:
 
 
 def name_of(row: Row) -> str:
-    group = "" if row.cell.group_size == -1 else f" g{row.cell.group_size}"
-    seed = f" seed {row.cell.seed}" if row.cell.seed else ""
-    return f"{plain(row.name)} {plain(row.cell.scheme)}{group}{seed}"
+    return f"{plain(row.name)} {_size(row)}{_seed(row)}"
+
+
+def _size(row: Row) -> str:
+    return plain(row.cell.scheme) + ("" if row.cell.group_size == -1 else f" g{row.cell.group_size}")
+
+
+def _seed(row: Row) -> str:
+    return f" seed {row.cell.seed}" if row.cell.seed else ""
 
 
 # -- one evaluation ---------------------------------------------------------------------------------------------------
@@ -124,7 +130,7 @@ def _place_names(points: Sequence[dict[str, Any]]) -> None:
     wide, high = (max(ends) - min(ends) or 1.0 for ends in (across, up))
     placed: list[tuple[float, float]] = []
     for point, x, y in zip(points, across, up, strict=True):
-        near = any(abs(x - x0) < NEAR * wide and abs(y - y0) < NEAR * high / 4 for x0, y0 in placed)
+        near = any(abs(x - x0) < NEAR * wide and abs(y - y0) < NEAR_UP * high for x0, y0 in placed)
         named = point["class"] == "front" and not near
         point |= {"shown": point["name"] if named else "", "right": x > min(across) + 0.5 * wide}
         if named:
@@ -178,10 +184,20 @@ def _changes(table: Table, rows: Sequence[Row], anchor: str) -> Drawn:
         value, low, high = _finite(row.difference.shown)
         written = f"{_signed(row, row.difference.shown)}{row.mark}"
         ends = interval(low, high, row.difference.unit, signed=True)
-        name = f"{name_of(row)}: {written}{' (best)' if row.best else ''}{', stopped early' if row.stopped else ''}"
+        place = " (best)" if row.best else " (stopped early)" if row.stopped else ""
+        # What a narrow page cuts off is then the end of long options.
+        name = f"{written}{place}: {_size(row)} {plain(row.name)}{_seed(row)}"
         judged = "differs" if row.marked else "not shown to differ"
         points.append(
-            {"name": name, "value": value, "low": low, "high": high, "judged": judged, "label": f"{name} {ends}"}
+            {
+                "id": row.cell.cell_id,
+                "name": name,
+                "value": value,
+                "low": low,
+                "high": high,
+                "judged": judged,
+                "label": f"{name} {ends}",
+            }
         )
         p = "" if row.adjusted_p is None else f"{row.adjusted_p:.2g}"
         lines.append((name_of(row), written, ends, p, str(row.verdict or ""), row.cell.cell_id[:ID_SHOWN]))
@@ -363,9 +379,8 @@ def of_sweeps(table: Table, anchor: str) -> Iterator[Drawn]:
     kept: dict[str, dict[str, list[tuple[float, Row]]]] = collections.defaultdict(dict)
     for (option, _), found in series.items():
         if len({value for value, _ in found}) >= SWEPT:
-            one = found[0][1].cell
-            group = "" if one.group_size == -1 else f" g{one.group_size}"
-            kept[option][f"{plain(one.recipe)} {plain(one.scheme)}{group}"] = found
+            one = found[0][1]
+            kept[option][f"{plain(one.cell.recipe)} {_size(one)}"] = found
     for index, (option, lines) in enumerate(sorted(kept.items())):
         drawn = _sweep(table, option, lines, f"{anchor}-sweep-{index}")
         if drawn.rows:

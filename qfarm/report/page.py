@@ -124,11 +124,11 @@ def page_of(results: Results, store: Readable) -> Page:
 
 
 def _by_news(tables: Iterable[Table]) -> list[Table]:
-    """Perplexities, then accuracies, then what explains them."""
+    """Perplexities, then accuracies, baselines alone, and then what explains them."""
 
-    def place(table: Table) -> tuple[bool, bool]:
+    def place(table: Table) -> tuple[bool, bool, bool]:
         known = any(headline(row.metrics) for row in table.rows)
-        return not known, table.measure != "perplexity"
+        return not known, not any(row.difference for row in table.rows), table.measure != "perplexity"
 
     return sorted(tables, key=place)
 
