@@ -1,4 +1,4 @@
-"""The command line: `qfarm plan`, `submit`, `report`, `show`, `compare`, `methods`, `bench`, `store check`.
+"""The command line: `qfarm plan`, `submit`, `status`, `report`, `show`, `compare`, `query`, `diff`, `pack`, ...
 
 It only says where and how to run; every experiment option stands in the job file. Exit codes: 0 all well, 1 some
 cells failed for good, 2 bad input, 130 interrupted.
@@ -286,6 +286,7 @@ def report(
     filters = {"model": model, "recipe": method, "scheme": bits}
     if against is not None:
         _refuse_with_against(style, {"--margin": margin, "--html": html, "--where": where, "--sort": sort})
+        _refuse_watch(watch, "--against")
         _print_against(_open(store or _last_store()), against, style, filters)
         return
     filters |= {"where": where, "sort": sort}

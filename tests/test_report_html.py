@@ -11,7 +11,8 @@ import pytest
 
 from qfarm.record import LayerRow
 from qfarm.report.charts import COLOURS, SHAPES
-from qfarm.report.drawn import MARKS, _place_names, of_table, of_tasks
+from qfarm.report.drawn import MARKS, _place_names, of_table
+from qfarm.report.drawn_parts import of_tasks
 from qfarm.report.html import bundle, island, to_html
 from qfarm.report.page import ROWS_OPEN, page_of
 from qfarm.report.tables import load
@@ -112,6 +113,8 @@ def test_nothing_is_asked_of_a_network() -> None:
     assert policy.startswith("default-src 'none';") and "unsafe-eval" not in policy
     assert not re.search(r"https?://|@import|url\(|\bsrc=|<link", text)
     assert all(value.startswith("#") for name, value in parsed.attributes if name == "href")
+    anchors = {f"#{name}" for name in parsed.ids}
+    assert {value for name, value in parsed.attributes if name == "href"} <= anchors
     assert len(text) < 300_000
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import qfarm
 from qfarm.report.captions import ERROR_SHOWN, LEGEND, caption, failures, over_seeds, row_notes
 from qfarm.report.columns import Column, columns_of, seed_columns
-from qfarm.report.drawn import Drawn, name_of, of_kernels, of_layers, of_sweeps, of_table, of_tasks
+from qfarm.report.drawn import Drawn, name_of, of_table
+from qfarm.report.drawn_curves import of_kernels, of_sweeps
+from qfarm.report.drawn_parts import of_layers, of_tasks
 from qfarm.report.figures import duration, interval, number, plain, plural
 from qfarm.report.pairs import Readable
 from qfarm.report.protocols import flatten
@@ -35,7 +37,7 @@ class Cell:
     text: str
     order: float | None = None  # what sorting goes by; None: the text
     numeric: bool = False
-    link: str = ""
+    link: str = ""  # anchor of what it is about
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,7 +224,7 @@ def _evaluation(table: Table, anchor: str) -> Evaluation:
         anchor=anchor,
         title=plain(table.evaluation),
         figures=(*of_table(table, anchor), *of_sweeps(table, anchor)),
-        matrix=_matrix(table),
+        matrix=_matrix(table, anchor),
         cells=_grid(columns_of(table), table.rows, [f"{anchor}-{row.cell.cell_id}" for row in table.rows]),
         seeds=seeds,
         seeds_title=over_seeds(table),
@@ -247,7 +249,7 @@ def _grid(columns: Sequence[Column], rows: Sequence[Any], ids: Sequence[str]) ->
     )
 
 
-def _matrix(table: Table) -> Grid | None:
+def _matrix(table: Table, anchor: str) -> Grid | None:
     """Recipes x (bits, group): the paired change with its mark, means over seeds where there are several."""
     rows = [row for row in table.rows if row.difference is not None and not row.is_baseline]
     places = list(dict.fromkeys((row.cell.scheme, row.cell.group_size) for row in rows))
@@ -269,13 +271,16 @@ def _matrix(table: Table) -> Grid | None:
             (f"{plain(scheme)}{size} ({', '.join(sorted(bits)) if len(bits) == 1 else 'several sizes'})", True)
         )
     lines = [
-        (Cell(text=plain(recipe)), *(_change_of(table, found[recipe, scheme, group]) for scheme, group in places))
+        (
+            Cell(text=plain(recipe)),
+            *(_change_of(table, found[recipe, scheme, group], anchor) for scheme, group in places),
+        )
         for recipe in recipes
     ]
     return Grid(headings=tuple(headings), rows=tuple(lines))
 
 
-def _change_of(table: Table, rows: Sequence[Row]) -> Cell:
+def _change_of(table: Table, rows: Sequence[Row], anchor: str) -> Cell:
     if not rows:
         return Cell(text="", numeric=True)
     ids = {row.cell.cell_id for row in rows}
@@ -293,7 +298,7 @@ def _change_of(table: Table, rows: Sequence[Row]) -> Cell:
     best = " |" if any(row.best for row in rows) else ""
     around = f" ± {number(error, 'points', error)}" if error is not None else ""
     text = f"{number(value, first.difference.unit, error, signed=True)}{mark}{around}{seeds}{best}"
-    return Cell(text=text, order=value, numeric=True, link=first.cell.cell_id)
+    return Cell(text=text, order=value, numeric=True, link=f"{anchor}-{first.cell.cell_id}")
 
 
 # -- attempts ---------------------------------------------------------------------------------------------------------
