@@ -324,6 +324,20 @@ def test_large_tables_start_folded_and_sort_by_numbers() -> None:
     assert re.search(r'<td class="n" data-order="2\.718281\d+">2\.72</td>', text)
 
 
+def test_numbers_that_are_none_are_not_drawn() -> None:
+    store = planted().store
+    broken = {"22" * 8: float("nan"), "33" * 8: float("inf")}
+    rows = [dataclasses.replace(row, value=broken.get(row.cell_id, row.value)) for row in store.rows["metrics"]]
+    kernels = [
+        dataclasses.replace(row, metric="kernel", unit="fraction of elements", eval_id="k" * 16, low=None, high=None)
+        for row in rows
+    ]
+    store.rows["metrics"] = rows + [dataclasses.replace(row, value=min(row.value, 1.0)) for row in kernels]
+    assert len(data(figures(store)["front"])) == 7
+    text = page(store)
+    assert 'data-order="nan"' not in text and 'data-order="inf"' not in text and 'data-order="1.79' in text
+
+
 def test_an_empty_store() -> None:
     text = page(FakeStore())
     assert "No finished evaluations." in Parsed(text).text and len(text) < 20_000

@@ -140,6 +140,7 @@ def _quality(row: Row) -> float | None:
 
 
 def scaled(value: float, unit: str) -> float:
+    """As an axis shows it."""
     return round(100 * value if unit.startswith("fraction") else value, 6)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ def _sweep(table: Table, option: str, lines: Mapping[str, Sequence[tuple[float, 
     for series, found in sorted(lines.items()):
         for value, row in sorted(found, key=lambda pair: (pair[0], pair[1].cell.cell_id)):
             shown, low, high = (100 * row.metrics["kernel"].value, None, None) if shares else _shown_change(row)
-            if shown is None:
+            if shown is None or not math.isfinite(shown):
                 continue
             written = number(shown, "points", None if low is None or high is None else (high - low) / 2, not shares)
             label = f"{series}, {plain(option)} {value:g}: {written} {unit}"
@@ -103,7 +104,7 @@ def of_kernels(tables: Sequence[Table], anchor: str) -> Drawn | None:
     for row in sorted(quality.rows, key=lambda row: (shares.get(row.cell.cell_id, -1.0), row.cell.cell_id)):
         value, low, high = _shown_change(row)
         share = shares.get(row.cell.cell_id)
-        if value is None or share is None:
+        if value is None or share is None or not math.isfinite(share):
             continue
         written, ends = signed(row, Interval(value, low, high)), interval(low, high, "percent", signed=True)
         label = f"{name_of(row)}: {number(share, 'fraction')} zero, {written} {ends}"

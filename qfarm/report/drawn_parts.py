@@ -99,7 +99,7 @@ def of_tasks(tables: Sequence[Table], anchor: str) -> Drawn | None:
         for name in chosen:
             row = next((row for row in table.rows if _named(row) == name), None)
             known = row.metrics.get(metric) if row else None
-            if known is None:
+            if known is None or not math.isfinite(known.value):
                 continue
             ends = interval(known.low, known.high, known.unit)
             label = f"{group}, {name}: {number(known.value, known.unit)} {ends}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -239,7 +240,7 @@ def _grid(columns: Sequence[Column], rows: Sequence[Any], ids: Sequence[str]) ->
         headings=tuple((column.heading.strip(), column.numeric) for column in columns),
         rows=tuple(
             tuple(
-                Cell(text=column.text(row).strip(), order=column.order(row), numeric=column.numeric)
+                Cell(text=column.text(row).strip(), order=_orderly(column.order(row)), numeric=column.numeric)
                 for column in columns
             )
             for row in rows[:ROWS_WRITTEN]
@@ -247,6 +248,11 @@ def _grid(columns: Sequence[Column], rows: Sequence[Any], ids: Sequence[str]) ->
         ids=tuple(ids[:ROWS_WRITTEN]),
         hidden=max(0, len(rows) - ROWS_WRITTEN),
     )
+
+
+def _orderly(value: float | None) -> float | None:
+    """A number that JavaScript can read: what is infinite stays the largest."""
+    return None if value is None else max(-sys.float_info.max, min(value, sys.float_info.max))
 
 
 def _matrix(table: Table, anchor: str) -> Grid | None:
