@@ -19,7 +19,7 @@ from qfarm.stats import Interval
 
 MARKS = 2000  # per chart; above, only Pareto points and the best of each recipe. A guess, not measured
 ROWS_DRAWN = 30  # of a dot plot
-ASIDE = 0.006  # of its bits, by which a point is moved aside for each neighbour of the same size
+ASIDE, ASIDE_MOST = 0.006, 0.03  # of its bits: by this a point is moved aside for each of the same size, and at most
 NEAR, NEAR_UP = 0.5, 0.07  # of a chart's width and height: closer names would overlap
 SYMLOG = 20.0  # percent: from changes of this size on, an axis is logarithmic on both sides of zero
 
@@ -39,7 +39,7 @@ class Drawn:
 
 def of_table(table: Table, anchor: str) -> Iterator[Drawn]:
     """Size against quality, and the differences to the baseline."""
-    drawn = [row for row in table.rows if not row.is_baseline and headline(row.metrics)]
+    drawn = [row for row in table.rows if not row.is_baseline and math.isfinite(_quality(row))]
     if not drawn:
         return
     yield _pareto(table, drawn, f"{anchor}-front")
@@ -66,24 +66,24 @@ def _seed(row: Row) -> str:
 def _pareto(table: Table, rows: Sequence[Row], anchor: str) -> Drawn:
     known = headline(rows[0].metrics)
     assert known is not None
-    baseline = headline(table.rows[0].metrics) if table.rows[0].is_baseline else None
+    baseline = headline(table.rows[0].metrics) if math.isfinite(_quality(table.rows[0])) else None
+    baseline = baseline if table.rows[0].is_baseline else None
     shown = _thinned(rows)
+    alike = collections.Counter(row.cell.linear_bits for row in shown)
     aside: collections.Counter[float] = collections.Counter()
     points: list[dict[str, Any]] = []
     lines: list[tuple[str, ...]] = []
     for row in sorted(shown, key=lambda row: (row.cell.linear_bits, name_of(row), row.cell.cell_id)):
         value, (low, high) = _quality(row), _ends(row, baseline)
-        if value is None or not math.isfinite(value):
-            continue
         bits = row.cell.linear_bits
-        step = aside[bits]
+        step, away = aside[bits], min(ASIDE, 2 * ASIDE_MOST / alike[bits])
         aside[bits] += 1
         ends = interval(low, high, known.unit)
         what = f"{number(bits, 'bits')} bits, {known.metric} {number(value, known.unit)} {ends}".strip()
         place = row.front or "not ranked"
         points.append(
             {
-                "x": round(bits * (1 + ASIDE * ((step + 1) // 2) * (-1) ** step), 6),
+                "x": round(bits * (1 + away * ((step + 1) // 2) * (-1) ** step), 6),
                 "y": scaled(value, known.unit),
                 "low": None if low is None else scaled(low, known.unit),
                 "high": None if high is None else scaled(high, known.unit),
@@ -134,9 +134,9 @@ def _place_names(points: Sequence[dict[str, Any]]) -> None:
             placed.append((x, y))
 
 
-def _quality(row: Row) -> float | None:
+def _quality(row: Row) -> float:
     known = headline(row.metrics)
-    return known.value if known else None
+    return known.value if known else math.nan
 
 
 def scaled(value: float, unit: str) -> float:
