@@ -44,14 +44,21 @@ def _parts(store: Readable, location: str, jobs: Sequence[Running], now: datetim
             continue
         yield Text(f"  {plain(job.summary)}", overflow="fold")
         if job.cells:
-            lines = [(name, stage, worker, duration(seconds)) for name, stage, worker, seconds in job.cells]
+            since = _seconds(job.sign, now) or 0.0  # it has run on since its last sign
+            lines = [(name, stage, worker, duration(seconds + since)) for name, stage, worker, seconds in job.cells]
             yield grid(("cell", "stage", "worker", "for"), lines, (3,))
     if not jobs:
         yield Text("no job is at work on it, as far as the store knows", overflow="fold")
 
 
 def _ago(then: str, now: datetime.datetime) -> str:
+    seconds = _seconds(then, now)
+    return "unknown time" if seconds is None else duration(seconds)
+
+
+def _seconds(then: str, now: datetime.datetime) -> float | None:
+    """None for a time that cannot be read."""
     try:
-        return duration(max(0.0, (now - datetime.datetime.fromisoformat(then)).total_seconds()))
-    except (ValueError, TypeError):  # of a clock that we cannot read
-        return "unknown time"
+        return max(0.0, (now - datetime.datetime.fromisoformat(then)).total_seconds())
+    except (ValueError, TypeError):
+        return None
