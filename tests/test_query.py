@@ -107,7 +107,8 @@ def test_settings_stay_shut_behind_the_check_of_statements(store: Store, tmp_pat
     """Were a statement to slip through, the connection itself would still refuse it."""
     (tmp_path / "aside").mkdir()
     connection = query.connect(store, str(tmp_path / "aside"), differences=False)
-    for sql in ("SET enable_external_access = true", f"COPY cells TO '{tmp_path}/x.csv'", "INSTALL httpfs"):
+    settings = ["SET enable_external_access = true", "SET memory_limit = '1TB'"]
+    for sql in (*settings, f"COPY cells TO '{tmp_path}/x.csv'", "INSTALL httpfs"):
         with pytest.raises(duckdb.Error):
             connection.execute(sql)
     connection.close()

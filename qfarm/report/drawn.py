@@ -20,7 +20,7 @@ from qfarm.stats import Interval
 MARKS = 2000  # per chart; above, only Pareto points and the best of each recipe. A guess, not measured
 ROWS_DRAWN = 30  # of a dot plot
 ASIDE, ASIDE_MOST = 0.006, 0.03  # of its bits: by this a point is moved aside for each of the same size, and at most
-NEAR, NEAR_UP = 0.5, 0.07  # of a chart's width and height: closer names would overlap
+NEAR, NEAR_UP = 0.75, 0.07  # of a chart's width and height: closer names would overlap
 SYMLOG = 20.0  # percent: from changes of this size on, an axis is logarithmic on both sides of zero
 
 
