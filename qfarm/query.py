@@ -70,7 +70,6 @@ def connect(store: Store, aside: str, *, differences: bool = True) -> duckdb.Duc
     connection = duckdb.connect(":memory:")
     connection.execute(f"SET memory_limit = '{MEMORY}'")
     connection.execute("SET enable_progress_bar = false")
-    connection.execute("SET python_enable_replacements = false")
     connection.execute(f"SET temp_directory = {_quoted(aside)}")
     allowed: list[str] = []
     for table in record.TABLES:
