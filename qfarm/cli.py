@@ -1,4 +1,4 @@
-"""The command line: `qfarm plan`, `submit`, `report`, `show`, `compare`, `chat`, `export`, `methods`, `doctor`, ...
+"""The command line: one function per command, `qfarm --help` lists them.
 
 It only says where and how to run; every experiment option stands in the job file. Exit codes: 0 all well, 1 some
 cells failed for good, 2 bad input, 130 interrupted.
@@ -12,9 +12,10 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+WATCH_SECONDS = 2.0  # between looks at a store
 INVALID_SHOWN = 5  # combinations that cannot be, listed at submission; the plan lists all
 MARGIN = click.option(
     "--margin",
@@ -172,6 +174,7 @@ def _submit_here(
     job: Job, path: str, address: str | None, where: str, local: bool, only: str | None, data: str | None
 ) -> int:
     from qfarm import driver
+    from qfarm.beacon import Beacon
     from qfarm.console import Console
     from qfarm.environment import data_folder
     from qfarm.events import JobEnded, JobStarted, Note
@@ -193,24 +196,24 @@ def _submit_here(
     settings = driver.Settings(
         address=address, resources=job.file.resources, retries=job.file.retries, data=data_folder(data)
     )
-    with Console() as console:
+    with Console() as console, Beacon(store.location, console) as beacon:
         done = len(planned.cells) - len(work) if only is None else 0
-        console.handle(
+        beacon.handle(
             JobStarted(job=job.file.name, where=where, store=store.location, cells=len(work), done_before=done)
         )
         for invalid in planned.invalid[:INVALID_SHOWN]:
-            console.handle(Note(text=f"not run: {invalid.label}: {invalid.rule}"))
+            beacon.handle(Note(text=f"not run: {invalid.label}: {invalid.rule}"))
         if len(planned.invalid) > INVALID_SHOWN:
             more = len(planned.invalid) - INVALID_SHOWN
-            console.handle(Note(text=f"and {more} more combinations that cannot be: qfarm plan {path}"))
+            beacon.handle(Note(text=f"and {more} more combinations that cannot be: qfarm plan {path}"))
         for note in planned.notes:
-            console.handle(Note(text=note))
+            beacon.handle(Note(text=note))
         if work:
             run = driver.run_local if local else driver.run
-            summary = run(work, settings, console.handle, job_name=job.file.name, store_location=store.location)
+            summary = run(work, settings, beacon.handle, job_name=job.file.name, store_location=store.location)
         else:  # what is there already can be seen again without Ray and without a GPU
-            console.handle(Note(text="nothing to run: every result is in the store"))
-            console.handle(JobEnded(finished=0, failed=0, interrupted=False, seconds=0.0))
+            beacon.handle(Note(text="nothing to run: every result is in the store"))
+            beacon.handle(JobEnded(finished=0, failed=0, interrupted=False, seconds=0.0))
             summary = driver.Summary(finished=0, failed=0, interrupted=False)
     if summary.interrupted:
         return INTERRUPTED
@@ -221,18 +224,28 @@ def _submit_here(
 
 @group.command()
 @click.argument("store", required=False)
-@click.option("--format", "style", type=click.Choice(["terminal", "markdown", "csv", "json"]), default="terminal")
+@click.option(
+    "--format", "style", type=click.Choice(["terminal", "markdown", "latex", "csv", "json"]), default="terminal"
+)
+@click.option("--html", metavar="FILE", type=click.Path(), help="Write a page with charts instead, in one file.")
 @click.option("--model", metavar="NAME", help="Only this model; * and ? match.")
 @click.option("--method", metavar="NAME", help="Only this recipe, e.g. 'gptq' or 'smoothquant+*'.")
 @click.option("--bits", metavar="SCHEME", help="Only this scheme, e.g. 'w4'.")
+@click.option("--where", metavar="CONDITION", help="Only rows for which it holds, e.g. 'stored<=4.5 and best=yes'.")
+@click.option("--sort", metavar="COLUMN", help="Order of the rows, e.g. 'change'; '-change' for falling.")
+@click.option("--watch", is_flag=True, help="On a terminal: print it again when results come in, until Ctrl-C.")
 @click.option("--against", metavar="NAME", help="Beside published figures: of a paper or repository, or a *.yaml file.")
 @MARGIN
 def report(
     store: str | None,
     style: str,
+    html: str | None,
     model: str | None,
     method: str | None,
     bits: str | None,
+    where: str | None,
+    sort: str | None,
+    watch: bool,
     against: str | None,
     margin: str | None,
 ) -> None:
@@ -241,16 +254,29 @@ def report(
     \b
     Examples:
       qfarm report
-      qfarm report results/quickstart --format markdown
+      qfarm report results/quickstart --html report.html
+      qfarm report --bits w4 --where "stored<=4.5" --sort change
+      qfarm report results/quickstart --format latex
       qfarm report results/published-gptq --against qllm-infer
     """
     filters = {"model": model, "recipe": method, "scheme": bits}
     if against is not None:
-        if margin is not None:
-            raise InvalidInput("--margin judges against the baseline; it has no part in --against")
+        _refuse_with_against(style, {"--margin": margin, "--html": html, "--where": where, "--sort": sort})
+        _refuse_watch(watch, "--against")
         _print_against(_open(store or _last_store()), against, style, filters)
         return
-    _print_report(_open(store or _last_store()), style, filters, _margins(margin))
+    filters |= {"where": where, "sort": sort}
+    if html is not None:
+        if style != "terminal":
+            raise InvalidInput(f"--html and --format {style} exclude each other")
+        _refuse_watch(watch, "--html")
+        _write_html(_open(store or _last_store()), Path(html), filters, _margins(margin))
+        return
+    found, given = _open(store or _last_store()), _margins(margin)
+    if watch:
+        _refuse_watch(style != "terminal", f"--format {style}")
+        _watch(found, lambda: _print_report(found, style, filters, given))
+    _print_report(found, style, filters, given)
 
 
 @group.command()
@@ -464,6 +490,106 @@ def verify(folder: str) -> None:
 
 
 @group.command()
+@click.argument("store", required=False)
+@click.option("--watch", is_flag=True, help="On a terminal: follow until no job is at work any more.")
+def status(store: str | None, watch: bool) -> None:
+    """Tell what STORE holds by now and which jobs are at work on it, from any terminal that sees it.
+
+    A running job writes how far it is into its store; on another machine only the time of its last sign tells whether
+    it lives.
+
+    \b
+    Examples:
+      qfarm status
+      qfarm status results/quickstart --watch
+    """
+    from qfarm.beacon import running
+
+    found = _open(store or _last_store())
+
+    def at_work() -> bool:
+        return any(job.state != "gone" for job in running(found.location))
+
+    if watch:
+        _require_terminal()
+        while at_work():
+            click.clear()
+            click.echo(_status(found), nl=False)
+            time.sleep(WATCH_SECONDS)
+    click.echo(_status(found), nl=False)
+
+
+@group.command("pack")
+@click.argument("store")
+@click.argument("out", type=click.Path())
+def pack_command(store: str, out: str) -> None:
+    """Write STORE to one file, OUT, that another person can verify, read and merge.
+
+    \b
+    Examples:
+      qfarm pack results/quickstart quickstart.qfarm
+      qfarm store check quickstart.qfarm
+      qfarm report quickstart.qfarm
+      qfarm store merge results/all quickstart.qfarm
+    """
+    from qfarm.pack import pack
+
+    found = pack(_open(store), Path(out))
+    click.echo(f"{out}: {found.results:,} publications, {found.bytes:,} bytes, sha256 {found.sha256}")
+
+
+@group.command("diff")
+@click.argument("first", metavar="STORE")
+@click.argument("second", metavar="STORE")
+@click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
+def diff_command(first: str, second: str, style: str) -> None:
+    """Tell what changed from the first STORE to the second: two runs, commits or clusters.
+
+    Significant differences, paired by document, what only one of them holds, and what differs in their provenance. Exit
+    code 1 when something differs significantly.
+
+    \b
+    Example:
+      qfarm diff results/monday results/tuesday
+    """
+    from qfarm.report.diff import diff
+    from qfarm.report.diff_text import diff_json, render_diff
+
+    found = diff(_open(first), _open(second))
+    text = diff_json(found) if style == "json" else render_diff(found, (first, second), _width(), _color())
+    click.echo(text, nl=False)
+    raise click.exceptions.Exit(FAILED if found.significant else 0)
+
+
+@group.command("query")
+@click.argument("sql", required=False)
+@click.option("--store", metavar="STORE", help="Default: the last one submitted to.")
+@click.option("--format", "style", type=click.Choice(["table", "csv", "json"]), default="table")
+@click.option("--timeout", default=300.0, show_default=True, help="Seconds after which a query is stopped.")
+def query_command(sql: str | None, store: str | None, style: str, timeout: float) -> None:
+    """Ask the store anything: one SELECT over its views. Without SQL: list the views and their columns.
+
+    \b
+    Examples:
+      qfarm query
+      qfarm query "SELECT recipe, scheme, value FROM results ORDER BY value"
+      qfarm query "SELECT * FROM failures" --format json
+    """
+    from qfarm import query
+    from qfarm.report.answers import render_answer, render_views
+
+    if sql is None:
+        click.echo(render_views(_width(), _color()), nl=False)
+        return
+    answer = query.query(_open(store or _last_store()), sql, timeout)
+    if style == "table":
+        text = render_answer(answer, _width(), _color())
+    else:
+        text = query.to_csv(answer) if style == "csv" else query.to_json(answer)
+    click.echo(text, nl=False)
+
+
+@group.command()
 @click.argument("name", required=False)
 @click.option("--write", metavar="DIR", help="Write a Markdown page per method there instead.")
 def methods(name: str | None, write: str | None) -> None:
@@ -604,12 +730,34 @@ def store_group() -> None:
     """
 
 
+@store_group.command("merge")
+@click.argument("into", metavar="STORE")
+@click.argument("others", metavar="OTHER...", nargs=-1, required=True)
+def store_merge(into: str, others: tuple[str, ...]) -> None:
+    """Add to STORE what OTHER stores or packs hold and it lacks; STORE is made where there is none.
+
+    Every part is compared with its hash first. What both hold stays as it is in STORE.
+
+    \b
+    Example:
+      qfarm store merge results/all results/monday from-a-colleague.qfarm
+    """
+    from qfarm.pack import merge
+
+    opened = [_open(other) for other in others]
+    found = merge(_open(into, create=True), opened)
+    click.echo(f"{into}: {found.added:,} publications added, {found.same:,} were there with the same contents")
+    if found.other:
+        click.echo(f"{found.other:,} were there with other contents and stay: `qfarm diff` tells what differs")
+
+
 @store_group.command("check")
 @click.argument("store", required=False)
 def store_check(store: str | None) -> None:
     """Verify every file of STORE against its manifests; exit code 1 when something is wrong.
 
-    Files that a killed writer left behind are listed, but no reader sees them: the store is sound all the same.
+    STORE may be a pack. Files that a killed writer left behind are listed, but no reader sees them: the store is sound
+    all the same.
 
     \b
     Example:
@@ -698,6 +846,67 @@ def _print_report(
 
     text = render(load(store, margins), style, width=_width(), color=_color(), **filters)
     click.echo(text, nl=False)
+
+
+def _status(store: Store) -> str:
+    from qfarm.beacon import running
+    from qfarm.report.status import render_status
+
+    now = datetime.datetime.now(datetime.UTC)
+    return render_status(store, store.location, running(store.location), now, _width(), _color())
+
+
+def _require_terminal() -> None:
+    if not sys.stdout.isatty():
+        raise InvalidInput("--watch needs a terminal")
+
+
+def _refuse_watch(both: bool, option: str) -> None:
+    if both:
+        raise InvalidInput(f"--watch and {option} exclude each other")
+
+
+def _watch(store: Store, show: Callable[[], None]) -> NoReturn:
+    """Show on a cleared terminal, again whenever results come in, until it is interrupted."""
+    _require_terminal()
+    seen: object = None
+    while True:
+        held = store.finished_evaluations(), store.finished_attempts()
+        if held != seen:
+            click.clear()
+            show()
+            seen = held
+        time.sleep(WATCH_SECONDS)
+
+
+def _write_html(store: Store, path: Path, filters: dict[str, str | None], margins: Mapping[str, Margin]) -> None:
+    from qfarm.record import utc_now
+    from qfarm.report.choose import chosen
+    from qfarm.report.html import to_html
+    from qfarm.report.tables import load
+
+    text = to_html(chosen(load(store, margins), **filters), store, written=utc_now())
+    _write_whole(path, text.encode())
+    click.echo(f"{path}: {len(text.encode()):,} bytes; opens in any browser, without a network")
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """A file that is there whole or not at all. Raises InvalidInput where it cannot be written."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
+    try:
+        aside.write_bytes(data)
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise InvalidInput(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _refuse_with_against(style: str, given: Mapping[str, str | None]) -> None:
+    for option, value in given.items():
+        if value is not None:
+            raise InvalidInput(f"{option} judges or places what was measured; it has no part in --against")
+    if style == "latex":
+        raise InvalidInput("--format latex has no part in --against; markdown, csv and json have")
 
 
 def _print_against(store: Store, name: str, style: Any, filters: dict[str, str | None]) -> None:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console as RichConsole
 from rich.console import Group, RenderableType
@@ -229,6 +229,16 @@ class Console:
                 self._view.start()
         except OSError:
             self._gone, self._view = True, None
+
+    def snapshot(self) -> dict[str, Any]:
+        """How far the run is, as plain data: `summary`, and `cells` with name, stage, worker and seconds."""
+        with self._lock:
+            now = self._state.clock()
+            cells = [
+                (one.name, one.progress, plain(one.worker), round(now - one.since, 1))
+                for one in self._state.running.values()
+            ]
+            return {"summary": self._state.summary(), "cells": cells}
 
     def _print(self, word: str, text: str) -> None:
         if self._gone:

@@ -5,6 +5,7 @@
     STORE/manifests/evaluation/CELL.EVALUATION.json          of metrics, documents, analysis
     STORE/manifests/attempt/CELL.ATTEMPT.json                of attempts
     STORE/parts/TABLE/CELL[.EVALUATION].ATTEMPT.TOKEN.parquet
+    STORE/running/HOST-PID.json                              news of jobs at work (qfarm.beacon); no result
 
 Parts are published first, their manifest last. The first manifest of a name wins, and readers read only what manifests
 name, so the work of losers, of stragglers and of writers that died cannot be seen. Anything that reads Parquet reads
@@ -19,10 +20,11 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+import zipfile
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,6 +32,7 @@ import pyarrow.parquet as pq
 from qfarm import record
 from qfarm.errors import StoreError, StoreFull, nearest
 from qfarm.manifest import KINDS, Manifest, Part, key_of, manifest_path, newer
+from qfarm.packed import PackedFolder
 from qfarm.publish import NO_SPACE, LocalFolder, is_aside
 from qfarm.record import AnalysisRow, AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow
 
@@ -39,6 +42,17 @@ FORMAT_FILE = "qfarm-store.json"
 CHECK_HINT = "run `qfarm store check`"
 # 5,000 parts of 150 documents on two cores: 3.7 s with one reader, 2.1 s with two, 2.0 s with four, 2.5 s with eight.
 READERS = 4
+
+
+class Folder(Protocol):
+    """Where a store's files are: qfarm.publish.LocalFolder, or a pack."""
+
+    def make(self, folders: Iterable[str]) -> None: ...
+    def publish(self, path: str, data: bytes) -> bool: ...
+    def read(self, path: str) -> bytes: ...
+    def names(self, folder: str) -> list[str]: ...
+    def exists(self, path: str) -> bool: ...
+    def remove(self, path: str) -> None: ...
 
 
 class Findings(NamedTuple):
@@ -51,20 +65,24 @@ class Findings(NamedTuple):
 class Store:
     """A store in a local folder. Any number of processes may publish and read at the same time."""
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, folder: Folder | None = None) -> None:
         self.location = location
-        self._folder = LocalFolder(location)
+        self._folder = folder or LocalFolder(location)
 
     @classmethod
     def open(cls, location: str | Path, *, create: bool = False) -> Store:
-        """The store at `location`; `create` makes it where there is nothing yet.
+        """The store at `location`, a folder or a pack; `create` makes it where there is nothing yet.
 
         Raises StoreError when there is no store, when it cannot be read or made, or when its format is newer than ours.
         """
         # A Path has made one slash of the two. A drive letter is no scheme.
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(location)):
             raise StoreError(f"{location}: object stores are not supported yet by this version; give a local folder")
-        store = cls(os.path.abspath(os.path.expanduser(location)))
+        path = os.path.abspath(os.path.expanduser(location))
+        if os.path.isfile(path) and zipfile.is_zipfile(path):
+            store = cls(path, PackedFolder(path))
+        else:
+            store = cls(path)
         if create:
             store._create()
         store._check_format()
@@ -104,6 +122,10 @@ class Store:
         """(cell_id, eval_id) of the evaluations published, from the manifests' names alone."""
         return frozenset((cell_id, eval_id) for cell_id, eval_id in self._keys("evaluation"))
 
+    def finished_attempts(self) -> frozenset[tuple[str, str]]:
+        """(cell_id, attempt_id) of the attempts published, from the manifests' names alone."""
+        return frozenset((cell_id, attempt_id) for cell_id, attempt_id in self._keys("attempt"))
+
     def read(
         self, table: str, *, columns: Sequence[str] | None = None, cell_ids: Collection[str] | None = None
     ) -> pa.Table:
@@ -125,6 +147,60 @@ class Store:
             return merged.select(target.names).cast(target).combine_chunks()
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise StoreError(f'{self.location}: table "{table}" has a column of another type: {error}') from error
+
+    def files(self, table: str) -> list[str]:
+        """The parts of a table that manifests name, as files, in the order of `read`; for programs that read Parquet.
+
+        They are not compared with their manifests: `check` does that.
+        """
+        _target(table, None)
+        if os.path.isfile(self.location):
+            raise StoreError(
+                f"{self.location}: a pack holds no files; `qfarm store merge STORE PACK` makes a store of it"
+            )
+        kind = next(name for name, kind in KINDS.items() if table in kind.tables)
+        with ThreadPoolExecutor(READERS) as pool:
+            found = pool.map(lambda key: self._found(manifest_path(kind, key)), self._keys(kind))
+            return [
+                os.path.join(self.location, part.path)
+                for manifest in found
+                for part in (manifest.parts if manifest else ())
+                if part.table == table
+            ]
+
+    def publications(self) -> list[Manifest]:
+        """Every manifest that readers see, kind by kind in the order of the names. Torn ones are passed over."""
+        paths = (manifest_path(kind, key) for kind in KINDS for key in self._keys(kind))
+        return [manifest for path in paths if (manifest := self._found(path)) is not None]
+
+    def bytes_of(self, part: Part) -> bytes:
+        """A part as it lies, compared with its manifest. Raises StoreError."""
+        try:
+            return self._bytes(part)
+        except ValueError as error:
+            raise StoreError(f"{self.location}/{part.path}: {error}; {CHECK_HINT}") from error
+
+    def format_file(self) -> bytes:
+        """The file that makes a folder a store."""
+        return self._folder.read(FORMAT_FILE)
+
+    def adopt(self, manifest: Manifest, other: Store) -> Literal["added", "same", "other"]:
+        """Publish what another store has published, unless it is here: with the same contents, or with other."""
+        if not self._folder.exists(manifest.path):
+            for part in manifest.parts:  # a foreign manifest could name any place
+                place = rf"parts/{re.escape(part.table)}/[A-Za-z0-9_-][A-Za-z0-9._-]*\.parquet"
+                if part.table not in record.TABLES or not re.fullmatch(place, part.path):
+                    raise StoreError(f"{other.location}/{manifest.path}: {part.path} is no place of a part")
+            parts = [(part, other.bytes_of(part)) for part in manifest.parts]
+            for part, data in parts:
+                self._folder.publish(part.path, data)
+            if self._folder.publish(manifest.path, manifest.dump()):
+                return "added"
+        mine = self._found(manifest.path)
+        alike = mine is not None and [(part.table, part.sha256) for part in mine.parts] == [
+            (part.table, part.sha256) for part in manifest.parts
+        ]
+        return "same" if alike else "other"
 
     def check(self) -> Findings:
         """Hold every file against its manifest. A sound store has no faults; leftovers do it no harm."""
@@ -241,16 +317,19 @@ class Store:
             raise ValueError(f"is a copy of {proper}")
         return manifest
 
-    def _load(self, kind: str, key: tuple[str, ...], table: str, columns: list[str]) -> list[pa.Table]:
-        """These columns, as far as they exist, of the parts of a table that one manifest names."""
-        path = manifest_path(kind, key)
+    def _found(self, path: str) -> Manifest | None:
+        """A manifest, or None and a warning where it is torn."""
         try:
-            manifest = self._manifest(path)
+            return self._manifest(path)
         except ValueError as error:
             logger.warning("%s/%s: passed over, for it %s", self.location, path, error)
-            return []
+            return None
+
+    def _load(self, kind: str, key: tuple[str, ...], table: str, columns: list[str]) -> list[pa.Table]:
+        """These columns, as far as they exist, of the parts of a table that one manifest names."""
+        manifest = self._found(manifest_path(kind, key))
         loaded = []
-        for part in manifest.parts:
+        for part in manifest.parts if manifest else ():
             if part.table == table:
                 try:
                     # The parts are read side by side already.
@@ -261,6 +340,12 @@ class Store:
 
     def _part(self, part: Part) -> pq.ParquetFile:
         """A part, compared with its manifest. Raises ValueError, which pyarrow's ArrowInvalid is as well."""
+        file = pq.ParquetFile(pa.BufferReader(self._bytes(part)))
+        if file.metadata.num_rows != part.rows:
+            raise ValueError(f"has {file.metadata.num_rows} rows, its manifest says {part.rows}")
+        return file
+
+    def _bytes(self, part: Part) -> bytes:
         try:
             data = self._folder.read(part.path)
         except FileNotFoundError as error:
@@ -271,10 +356,7 @@ class Store:
             raise ValueError(
                 f"was altered: {len(data)} bytes of another sha256 than the manifest's ({part.bytes} bytes)"
             )
-        file = pq.ParquetFile(pa.BufferReader(data))
-        if file.metadata.num_rows != part.rows:
-            raise ValueError(f"has {file.metadata.num_rows} rows, its manifest says {part.rows}")
-        return file
+        return data
 
     def _check_manifest(self, path: str, named: set[str]) -> list[str]:
         """The faults of one file among the manifests; adds the parts that it names to `named`."""

@@ -31,20 +31,30 @@ def over_seeds(table: Table) -> str:
     return "over seeds: means, and intervals for other calibration samples and other text"
 
 
-def caption(table: Table) -> Iterator[str]:
+def caption(table: Table, brief: bool = False) -> Iterator[str]:
+    """What all rows of a table rest on; `brief`: without the floors."""
     yield _measured(table)
-    yield from _divergence_floor(table)
+    if not brief:
+        yield from _divergence_floor(table)
     differences = [row.difference for row in table.rows if row.difference and row.stopped is None]
     if differences:
         yield _meaning(table, differences)
         yield from _family(table)
         yield from _best(table)
-        yield _noise(table, differences)
-    for row in table.rows[:ROWS_SHOWN]:
+        if not brief:
+            yield _noise(table, differences)
+    yield from (plain(text, ERROR_SHOWN) for text in table.remarks)
+
+
+def row_notes(rows: Sequence[Row]) -> Iterator[str]:
+    """What single rows rest on, or were done differently."""
+    for row in rows:
         for text in (row.remark, *row.notes):
             if text:
                 yield f"{plain(row.name)} {plain(row.cell.scheme)}: {plain(text, ERROR_SHOWN)}"
-    yield from (plain(text, ERROR_SHOWN) for text in table.remarks)
+
+
+def hidden_rows(table: Table) -> Iterator[str]:
     hidden = len(table.rows) - ROWS_SHOWN
     if hidden > 0:
         yield f"{plural(hidden, 'more row')} than a terminal shows: --format csv has all"

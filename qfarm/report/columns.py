@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,19 @@ class Column:
     text: Callable[[Any], str]  # of a Row, or of Replicates
     rank: int  # what comes first when there is no room for all; 0 stays always
     numeric: bool = True  # right-aligned, and never folded
+    value: Callable[[Any], float | None] | None = None  # the number behind the text, where there is one
+    may_be_share: bool = False  # a metric: fractions are shown in percent
+
+    def order(self, row: Any) -> float | None:
+        """What rows are sorted and filtered by; None: nothing is known, or the text decides."""
+        found = self.value(row) if self.value else None
+        return None if found is None or math.isnan(found) else float(found)
+
+    def shown(self, row: Any) -> float | None:
+        """The same as a reader sees it: fractions in percent."""
+        found = self.order(row)
+        is_share = self.may_be_share and self.text(row).endswith(" %")
+        return None if found is None else found * (100.0 if is_share else 1.0)
 
 
 def _metric(name: str) -> Callable[[Row], str]:
@@ -32,6 +46,25 @@ def _metric(name: str) -> Callable[[Row], str]:
         return number(metric.value, metric.unit) if metric else ""
 
     return text
+
+
+def _value(name: str) -> Callable[[Row], float | None]:
+    def value(row: Row) -> float | None:
+        metric = row.metrics.get(name)
+        return metric.value if metric else None
+
+    return value
+
+
+def _figure(heading: str, name: str, rank: int) -> Column:
+    """A metric under a heading of its own."""
+    return Column(heading=heading, text=_metric(name), rank=rank, value=_value(name), may_be_share=True)
+
+
+def _counted(heading: str) -> Column:
+    """Flips, lost or gained: of items where accuracies are compared, else the metric."""
+    value = functools.partial(_items_value, heading)
+    return Column(heading=heading, text=_items(heading), rank=10, value=value, may_be_share=True)
 
 
 def _change(mark_width: int, row: Row) -> str:
@@ -84,6 +117,12 @@ def _items(name: str) -> Callable[[Row], str]:
     return text
 
 
+def _items_value(name: str, row: Row) -> float | None:
+    if isinstance(row.difference, AccuracyDifference):
+        return row.difference.flips.value if name == "flips" else float(getattr(row.difference, name))
+    return _value(name)(row)
+
+
 def _group(row: Row) -> str:
     return "" if row.cell.group_size == -1 else str(row.cell.group_size)
 
@@ -97,7 +136,7 @@ def _causal(row: Row) -> str:
 
 
 def _best(row: Row) -> str:
-    return "|" if row.best else ""
+    return "stopped" if row.stopped is not None else "|" if row.best else ""
 
 
 def _front(row: Row) -> str:
@@ -108,26 +147,46 @@ def _columns(change: str, mark_width: int) -> tuple[Column, ...]:
     return (
         Column(heading="recipe", text=lambda row: plain(row.name), rank=0, numeric=False),
         Column(heading="bits", text=lambda row: plain(row.cell.scheme), rank=0, numeric=False),
-        Column(heading="group", text=_group, rank=2),
-        Column(heading="seed", text=_seed, rank=2),
-        Column(heading="stored", text=lambda row: number(row.cell.linear_bits, "bits"), rank=3),
-        Column(heading="KV bits", text=lambda row: number(row.cell.kv_bits, "bits"), rank=3),
-        Column(heading="PPL", text=_metric("perplexity"), rank=1),
-        Column(heading=change + " " * mark_width, text=functools.partial(_change, mark_width), rank=1),
+        Column(heading="group", text=_group, rank=2, value=lambda row: row.cell.group_size),
+        Column(heading="seed", text=_seed, rank=2, value=lambda row: row.cell.seed),
+        Column(
+            heading="stored",
+            text=lambda row: number(row.cell.linear_bits, "bits"),
+            rank=3,
+            value=lambda row: row.cell.linear_bits,
+        ),
+        Column(
+            heading="KV bits",
+            text=lambda row: number(row.cell.kv_bits, "bits"),
+            rank=3,
+            value=lambda row: row.cell.kv_bits,
+        ),
+        _figure("PPL", "perplexity", 1),
+        Column(
+            heading=change + " " * mark_width,
+            text=functools.partial(_change, mark_width),
+            rank=1,
+            value=lambda row: row.difference.shown.value if row.difference else None,
+        ),
         Column(heading="95 % interval", text=_change_interval, rank=4),
         Column(heading="with seed noise", text=_with_seeds, rank=5),
         Column(heading="best", text=_best, rank=5),
-        Column(heading="KL", text=_metric("kl"), rank=5),
-        Column(heading="agree", text=_metric("top1_agreement"), rank=6),
-        Column(heading="right", text=_metric("top1_accuracy"), rank=9),
-        Column(heading="flips", text=_items("flips"), rank=10),
-        Column(heading="lost", text=_items("lost"), rank=10),
-        Column(heading="gained", text=_items("gained"), rank=10),
-        Column(heading="KL back", text=_metric("kl_reverse"), rank=11),
-        Column(heading="model bits", text=lambda row: number(row.cell.model_bits, "bits"), rank=12),
+        _figure("KL", "kl", 5),
+        _figure("agree", "top1_agreement", 6),
+        _figure("right", "top1_accuracy", 9),
+        _counted("flips"),
+        _counted("lost"),
+        _counted("gained"),
+        _figure("KL back", "kl_reverse", 11),
+        Column(
+            heading="model bits",
+            text=lambda row: number(row.cell.model_bits, "bits"),
+            rank=12,
+            value=lambda row: row.cell.model_bits,
+        ),
         Column(heading="causal", text=_causal, rank=6),
         Column(heading="Pareto", text=_front, rank=13, numeric=False),
-        Column(heading="time", text=lambda row: duration(row.wall_s), rank=7),
+        Column(heading="time", text=lambda row: duration(row.wall_s), rank=7, value=lambda row: row.wall_s),
         Column(
             heading="cell", text=lambda row: plain(row.cell.cell_id, ID_SHOWN + 1)[:ID_SHOWN], rank=8, numeric=False
         ),
@@ -149,7 +208,7 @@ def columns_of(table: Table) -> list[Column]:
     leading = [name for name in others if name in known or not known]
     for before, names, rank in (("PPL", leading, 1), ("model bits", sorted({*others} - {*leading}), 11)):
         at = [column.heading for column in columns].index(before)
-        columns[at:at] = [Column(heading=plain(name), text=_metric(name), rank=rank) for name in names]
+        columns[at:at] = [_figure(plain(name), name, rank) for name in names]
     several_seeds = len({row.cell.seed for row in table.rows} - {None}) > 1
     return [
         column

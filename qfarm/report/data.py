@@ -65,7 +65,7 @@ def to_csv(results: Results) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, list(header), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: _csv_value(value) for key, value in line.items()} for line in lines)
+    writer.writerows({key: csv_value(value) for key, value in line.items()} for line in lines)
     return out.getvalue()
 
 
@@ -76,8 +76,13 @@ def _of_table(table: Table) -> dict[str, Any]:
 
 def _row(row: Row) -> dict[str, Any]:
     """Differences of perplexity as change_percent and log_ratio, of accuracy as change_points; the others are null."""
-    difference = row.difference
-    judged = {
+    axes = {name: getattr(row.cell, name) for name in _CELL} | {"variant": row.variant, "wall_s": row.wall_s}
+    return axes | difference_data(row.difference) | _with_seeds(row) | judged_data(row)
+
+
+def judged_data(row: Row) -> dict[str, Any]:
+    """What the table's tests say of a row."""
+    return {
         "p_holm": row.adjusted_p,
         "p_bh": row.screened_p,
         "p_margin": row.margin_p,
@@ -91,8 +96,6 @@ def _row(row: Row) -> dict[str, Any]:
         "stopped_early": row.stopped,
         "remark": row.remark,
     }
-    axes = {name: getattr(row.cell, name) for name in _CELL} | {"variant": row.variant, "wall_s": row.wall_s}
-    return axes | difference_data(difference) | _with_seeds(row) | judged
 
 
 def difference_data(difference: Difference | None) -> dict[str, Any]:
@@ -195,7 +198,8 @@ def _finite(value: Any) -> Any:
     return [_finite(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def _csv_value(value: Any) -> Any:
+def csv_value(value: Any) -> Any:
+    """Text on one line that no spreadsheet takes for a formula; anything else as it is."""
     if not isinstance(value, str):
         return value
     text = plain(value)

@@ -1,13 +1,11 @@
-"""Render: results as text for a terminal, Markdown, CSV or JSON.
+"""Render: results as text for a terminal, Markdown, LaTeX, CSV or JSON.
 
-Terminal and Markdown are for reading: rounded, with captions that say what the numbers rest on. CSV and JSON are for
-programs (qfarm.report.data): every digit, one row or object per cell and evaluation.
+Terminal, Markdown and LaTeX (qfarm.report.latex) are for reading: rounded, with captions that say what the numbers rest
+on. CSV and JSON are for programs (qfarm.report.data): every digit, one row or object per cell and evaluation.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import fnmatch
 import io
 import re
 import shutil
@@ -19,12 +17,14 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from qfarm.errors import InvalidInput, nearest
-from qfarm.report.captions import LEGEND, ROWS_SHOWN, caption, failures, over_seeds, title
+from qfarm.report.captions import LEGEND, ROWS_SHOWN, caption, failures, hidden_rows, over_seeds, row_notes, title
+from qfarm.report.choose import chosen
 from qfarm.report.columns import GAP, Column, columns_of, fitting, name_width, seed_columns
 from qfarm.report.data import to_csv, to_json
+from qfarm.report.latex import to_latex
 from qfarm.report.rows import Results, Row
 
-Format = Literal["terminal", "markdown", "csv", "json"]
+Format = Literal["terminal", "markdown", "csv", "json", "latex"]
 MIN_WIDTH = 40
 
 
@@ -38,23 +38,28 @@ def render(
     evaluation: str | None = None,
     recipe: str | None = None,
     scheme: str | None = None,
+    where: str | None = None,
+    sort: str | None = None,
 ) -> str:
     """Results as text, ending in a newline.
 
-    `width` (terminal only) is that of the terminal if None. The filters are names or patterns with * and ?; baselines
-    stay, and marks keep the family of the whole table. Raises InvalidInput for a filter that matches nothing.
+    `width` (terminal only) is that of the terminal if None. Which rows are shown, and in which order: `chosen`, which
+    raises InvalidInput for a filter that matches nothing.
     """
     if format not in get_args(Format):
         raise InvalidInput(f'unknown format "{format}"{nearest(format, get_args(Format))}')
-    chosen = _selected(results, model=model, evaluation=evaluation, recipe=recipe, scheme=scheme)
+    patterns = {"model": model, "evaluation": evaluation, "recipe": recipe, "scheme": scheme}
+    shown = chosen(results, where=where, sort=sort, **patterns)
     if format == "csv":
-        return to_csv(chosen)
+        return to_csv(shown)
     if format == "json":
-        return to_json(chosen)
+        return to_json(shown)
+    if format == "latex":
+        return to_latex(shown)
     if format == "markdown":
-        return "\n".join(_markdown(chosen)) + "\n"
+        return "\n".join(_markdown(shown)) + "\n"
     size = max(MIN_WIDTH, width or shutil.get_terminal_size().columns)
-    return terminal_text(_terminal(chosen, size), size, color)
+    return terminal_text(_terminal(shown, size), size, color)
 
 
 def terminal_text(parts: Iterable[RenderableType], width: int, color: bool) -> str:
@@ -75,38 +80,6 @@ def terminal_text(parts: Iterable[RenderableType], width: int, color: bool) -> s
     return re.sub(r" +$", "", out.getvalue(), flags=re.MULTILINE)
 
 
-def _selected(results: Results, **patterns: str | None) -> Results:
-    def matches(name: str, pattern: str | None) -> bool:
-        return pattern is None or name == pattern or fnmatch.fnmatchcase(name, pattern)
-
-    known = {
-        "model": {table.model for table in results.tables} | {cell.model for cell in results.failed} - {""},
-        "evaluation": {table.evaluation for table in results.tables},
-        "recipe": {row.cell.recipe for table in results.tables for row in table.rows},
-        "scheme": {row.cell.scheme for table in results.tables for row in table.rows},
-    }
-    for field, pattern in patterns.items():
-        if pattern is not None and not any(matches(name, pattern) for name in known[field]):
-            raise InvalidInput(f'no {field} matches "{pattern}"{nearest(pattern, known[field])}')
-
-    def wanted(row: Row) -> bool:
-        kept = matches(row.cell.recipe, patterns["recipe"]) and matches(row.cell.scheme, patterns["scheme"])
-        return row.is_baseline or kept
-
-    tables = (
-        dataclasses.replace(
-            table,
-            rows=tuple(filter(wanted, table.rows)),
-            replicates=tuple(group for group in table.replicates if wanted(group.first)),
-        )
-        for table in results.tables
-        if matches(table.model, patterns["model"]) and matches(table.evaluation, patterns["evaluation"])
-    )
-    # A cell that failed before it was stored has no model and no label to go by; it is never hidden.
-    failed = tuple(cell for cell in results.failed if not cell.model or matches(cell.model, patterns["model"]))
-    return Results(tables=tuple(table for table in tables if table.rows), failed=failed)
-
-
 # -- terminal ---------------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +90,7 @@ def _terminal(results: Results, width: int) -> Iterator[RenderableType]:
         if table.replicates:
             yield Text(over_seeds(table), style="bold", overflow="fold")
             yield _grid(seed_columns(table), table.replicates[:ROWS_SHOWN], width)
-        for line in caption(table):
+        for line in (*caption(table), *row_notes(table.rows[:ROWS_SHOWN]), *hidden_rows(table)):
             yield Text(line, style="dim", overflow="fold")
         yield Text("")
     if results.tables:
@@ -141,9 +114,16 @@ def _grid(columns: Sequence[Column], rows: Sequence[Any], width: int) -> RichTab
             max_width=name_width(width) if folds else None,
         )
         texts.append(cells)
-    for line in zip(*texts, strict=True):
-        grid.add_row(*map(Text, line))
+    for line, row in zip(zip(*texts, strict=True), rows, strict=True):
+        grid.add_row(*map(Text, line), style=_style(row))
     return grid
+
+
+def _style(row: Any) -> str:
+    """Beside the marks, never instead of them."""
+    if not isinstance(row, Row):
+        return ""
+    return "yellow" if row.stopped is not None else "green" if row.best else ""
 
 
 def _aligned(column: Column, texts: Sequence[str]) -> Sequence[str]:
@@ -162,7 +142,7 @@ def _markdown(results: Results) -> Iterator[str]:
         if table.replicates:
             yield f"{_escaped(over_seeds(table))}\n"
             yield from _markdown_grid(seed_columns(table), table.replicates)
-        yield from (f"- {_escaped(line)}" for line in caption(table))
+        yield from (f"- {_escaped(line)}" for line in (*caption(table), *row_notes(table.rows)))
         yield ""
     yield _escaped(LEGEND if results.tables else "no finished evaluations")
     lines = list(failures(results.failed))
