@@ -52,7 +52,10 @@ def commands(text: str) -> Iterator[list[str]]:
             while match := re.match(r"[A-Z_]+=\S+ +", words):  # VARIABLE=value before a command
                 words = words[match.end() :]
             if words == "qfarm" or words.startswith("qfarm "):
-                yield shlex.split(words)[1:]
+                try:
+                    yield shlex.split(words)[1:]
+                except ValueError:  # a quotation that goes on in the next line
+                    yield words.split()[1:]
 
 
 def problem(arguments: list[str]) -> str | None:
