@@ -84,6 +84,10 @@ def _items(name: str) -> Callable[[Row], str]:
     return text
 
 
+def _answers(row: Row) -> str:
+    return "" if row.answers_changed is None else f"{row.answers_changed:,}"
+
+
 def _group(row: Row) -> str:
     return "" if row.cell.group_size == -1 else str(row.cell.group_size)
 
@@ -123,6 +127,7 @@ def _columns(change: str, mark_width: int) -> tuple[Column, ...]:
         Column(heading="flips", text=_items("flips"), rank=10),
         Column(heading="lost", text=_items("lost"), rank=10),
         Column(heading="gained", text=_items("gained"), rank=10),
+        Column(heading="answers", text=_answers, rank=10),
         Column(heading="KL back", text=_metric("kl_reverse"), rank=11),
         Column(heading="model bits", text=lambda row: number(row.cell.model_bits, "bits"), rank=12),
         Column(heading="causal", text=_causal, rank=6),

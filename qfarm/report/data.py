@@ -92,7 +92,8 @@ def _row(row: Row) -> dict[str, Any]:
         "remark": row.remark,
     }
     axes = {name: getattr(row.cell, name) for name in _CELL} | {"variant": row.variant, "wall_s": row.wall_s}
-    return axes | difference_data(difference) | _with_seeds(row) | judged
+    answers = {"answers_changed": row.answers_changed}
+    return axes | difference_data(difference) | answers | _with_seeds(row) | judged
 
 
 def difference_data(difference: Difference | None) -> dict[str, Any]:
