@@ -8,6 +8,7 @@ QfarmError
 |   `-- StoreError    a results store
 |-- Unavailable       a hub, an index or a file server does not answer; retried
 |-- NonFinite         NaN or Inf where a number was needed; given up
+|-- Disagreement      two runs of one cell that differ by more than rounding; given up
 `-- StoreFull         no space (or no permission) left where results go; not the cell's fault
 """
 
@@ -47,6 +48,10 @@ class Unavailable(QfarmError):
 
 
 class NonFinite(QfarmError):
+    pass
+
+
+class Disagreement(QfarmError):
     pass
 
 
