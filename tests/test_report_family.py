@@ -174,6 +174,29 @@ def test_cells_tied_with_the_best_share_a_bar_and_the_dominated_are_named():
     assert sum(" | " in line for line in text.splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    ("cheaper", "dearer", "kv_bits"),
+    [("w4kv2", "w4kv4", (2.5, 4.5)), ("w4kv2", "w4kv4", (None, None)), ("w4a8", "w4", (None, None))],
+)
+def test_a_cell_with_fewer_bits_elsewhere_is_not_dominated(cheaper, dearer, kv_bits):
+    """The same bits per weight: what the scheme saves at the cache or at linear inputs counts as well."""
+    store = Planted()
+    store.cell("1", "less", 0.10 + store.noise(0.004), scheme=cheaper, kv_bits=kv_bits[0])
+    store.cell("2", "more", 0.02 + store.noise(0.004), scheme=dearer, kv_bits=kv_bits[1])
+    store.cell("3", "worst", 0.20 + store.noise(0.004), scheme=dearer, kv_bits=kv_bits[1])
+    fronts = {row.cell.recipe: row.front for row in only_table(store.store).rows if row.front}
+    assert fronts == {"less": "front", "more": "front", "worst": "dominated"}
+
+
+def test_of_two_caches_of_one_width_the_one_with_less_metadata_is_cheaper():
+    store = Planted()
+    store.cell("1", "less", 0.10 + store.noise(0.004), scheme="w4kv2", kv_bits=2.25)
+    store.cell("2", "more", 0.02 + store.noise(0.004), scheme="w4kv2", kv_bits=2.5)
+    assert {row.cell.recipe: row.front for row in only_table(store.store).rows if row.front} == {
+        **{"less": "front", "more": "front"},
+    }
+
+
 def test_rows_on_fewer_documents_have_no_place(planted):
     planted.cell("3", "third", 0.01 + planted.noise(0.02))
     planted.store.rows["documents"] = [
@@ -206,6 +229,8 @@ def test_three_seeds_show_a_noise_floor_and_nothing_is_ranked_below_it(seeded):
     text = " ".join(render(load(seeded.store), width=80).split())
     floor = 100 * np.expm1(2 * np.sqrt(2) * 0.005)
     assert f"noise floor {floor:.1f} %, the largest of: seeds {floor:.1f} %" in text
+    detectable = np.median([row.difference.detectable for row in table.rows if row.difference])
+    assert f"detectable: {100 * np.expm1(detectable):.2f} % (2.8 standard errors, median row)" in text
     assert "each row is one seed: calibration noise not included" in text
 
 
@@ -232,6 +257,40 @@ def test_replicates_have_the_crossed_interval(seeded):
     # Wider than what one checkpoint's documents say.
     low, high = group.difference.interval()[1:]
     assert high - low > 1.5 * (group.first.difference.high - group.first.difference.low)
+
+
+def test_seeds_that_measured_something_else_are_not_averaged(seeded):
+    """Stopped early, or without some documents: a mean over such seeds is of no text at all."""
+    seeded.store.rows["metrics"] = [
+        dataclasses.replace(row, stopped_early=24) if row.cell_id == "11" * 8 else row
+        for row in seeded.store.rows["metrics"]
+    ]
+    seeded.store.rows["documents"] = [
+        row for row in seeded.store.rows["documents"] if not (row.cell_id == "22" * 8 and row.window == 5)
+    ]
+    table = only_table(seeded.store)
+    assert [(group.values, group.difference) for group in table.replicates] == [({}, None)] * 2
+    text = " ".join(render(load(seeded.store), width=80).split())
+    said = "not averaged over seeds: stopped early or not on all documents with seed"
+    assert f"gptq w4 g64: {said} 1" in text and f"awq w4 g64: {said} 2" in text
+    (data,) = json.loads(render(load(seeded.store), "json"))["tables"]
+    assert [(group["metrics"], group["change"]) for group in data["over_seeds"]] == [({}, None)] * 2
+    assert all(group["remark"].startswith(said) for group in data["over_seeds"])
+
+
+def test_seeds_without_anything_to_pair_are_averaged_where_they_count_as_much():
+    store = FakeStore()
+    for seed, n in ((0, 5), (1, 5)):
+        cell = cell_row(f"{seed}" * 16, "gptq", "w4", seed=seed)
+        cell = dataclasses.replace(cell, spec=json.dumps({"seed": seed}))
+        store.rows["cells"].append(cell)
+        store.add(cell, [], [], label="needle", metrics={"found": 0.5 + seed / 10})
+        store.rows["metrics"][-1] = dataclasses.replace(store.rows["metrics"][-1], n=n)
+    (group,) = only_table(store).replicates
+    assert group.values == {"found": pytest.approx(0.55)} and group.remark == ""
+    store.rows["metrics"][-1] = dataclasses.replace(store.rows["metrics"][-1], n=4)
+    (group,) = only_table(store).replicates
+    assert group.values == {} and group.remark.endswith("with seed 1")
 
 
 def _losses(planted: Planted, cell: CellRow) -> np.ndarray:
@@ -324,6 +383,52 @@ def test_cells_closer_than_the_numeric_floor_are_not_ranked(planted):
     assert best_with_floor(0.0130) == ["near", "next"]
 
 
+def test_flips_of_items_have_the_floor_of_another_dtype():
+    """Of 1,000 items 30 flip between bfloat16 and float32: 50 flips are below twice that, 80 are not."""
+    store = accuracy_store(lost=60, gained=20)
+    base = np.array([row.correct for row in store.rows["documents"] if row.cell_id == BASELINE])
+    protocol = {"evaluator": "tasks", "dtype": "bfloat16"}
+    store.rows["metrics"] = [dataclasses.replace(row, protocol=json.dumps(protocol)) for row in store.rows["metrics"]]
+    assert only_table(store).noise.numeric_flips is None
+    few = base.copy()
+    few[:50] = 1 - few[:50]
+    other = base.copy()
+    other[:20], other[-10:] = 1 - other[:20], 1 - other[-10:]
+    for cell, right, eval_id, dtype in (
+        (cell_row(GPTQ, "gptq", "w4"), few, "a" * 16, "bfloat16"),
+        (cell_row("b" * 16, "baseline", "w16", dtype="float32"), other, "c" * 16, "float32"),
+    ):
+        store.rows["cells"].append(cell)
+        store.add_items(cell, right, eval_id=eval_id, protocol=protocol | {"dtype": dtype})
+    results = load(store)
+    table = next(table for table in results.tables if table.protocol["dtype"] == "bfloat16")
+    assert (table.noise.numeric_flips, table.noise.numeric) == (pytest.approx(0.03), pytest.approx(0.01))
+    said = "numeric floor of flips: 3.00 % of items (baseline in bfloat16 against float32); below twice that, which is "
+    assert f"{said}no evidence against a cell: gptq w4 g64 " in " ".join(render(results, width=80).split())
+
+
+@pytest.mark.parametrize(("chunk", "said"), [(None, "KV prefill quantized"), (16, "KV prefill windowed, chunks of 16")])
+def test_how_a_quantized_cache_is_read_is_shown(planted, chunk, said):
+    kv = {"prefill": "quantized" if chunk is None else "windowed", "chunk": chunk}
+    protocol = json.dumps(PROTOCOL | {"kv": kv})
+    planted.store.rows["metrics"] = [
+        dataclasses.replace(row, protocol=protocol) for row in planted.store.rows["metrics"]
+    ]
+    text = render(load(planted.store), width=120)
+    assert text.splitlines()[0].endswith(f" · {said}") and "; perplexity" not in text.splitlines()[0]
+    assert text.count(said) == 2  # title and caption
+    line = next(csv.DictReader(io.StringIO(render(load(planted.store), "csv"))))
+    assert (line["kv_prefill"], line["kv_chunk"]) == (kv["prefill"], str(chunk or ""))
+
+
+def test_a_change_beside_a_perplexity_by_word_says_that_it_is_per_token(planted):
+    assert " change " in render(load(planted.store), width=200).splitlines()[1]
+    planted.store.rows["metrics"] = [
+        dataclasses.replace(row, metric="word_perplexity") for row in planted.store.rows["metrics"]
+    ]
+    assert " change per token " in render(load(planted.store), width=200).splitlines()[1]
+
+
 def test_rows_of_another_device_say_so(planted):
     planted.store.rows["attempts"][1] = attempt_row("1" * 16, provenance='{"gpu": "NVIDIA H100"}')
     (remark,) = only_table(planted.store).remarks
@@ -413,16 +518,77 @@ def test_a_mean_over_tasks_has_the_weights_of_what_is_stored(weights):
 def test_one_item_in_two_tasks_is_two_and_one_that_stands_twice_counts_twice():
     store = accuracy_store()
     store.rows["documents"] += [dataclasses.replace(row) for row in store.rows["documents"] if row.document == "item 0"]
+    named_metrics(store, {"acc": 1001})
     found = rows_by_recipe(only_table(store))["rtn"].difference
     assert (found.n, found.lost, found.clusters) == (1001, 61, 1000)
     again = next(i for i, row in enumerate(store.rows["documents"]) if row.cell_id == RTN and row.document == "item 0")
     store.rows["documents"][again] = dataclasses.replace(store.rows["documents"][again], correct=1)
     assert rows_by_recipe(only_table(store))["rtn"].difference.lost == 60
-    tasked = accuracy_store(tasks=["a"] * 1000)
+    tasked = named_metrics(accuracy_store(tasks=["a"] * 1000), {"acc": 1001})
     tasked.rows["documents"] += [
         dataclasses.replace(row, task="b") for row in tasked.rows["documents"] if row.document == "item 0"
     ]
     assert rows_by_recipe(only_table(tasked))["rtn"].difference.n == 1001
+
+
+def named_metrics(store: FakeStore, names) -> FakeStore:
+    """The stored metric of each cell under other names, with the number of items behind each."""
+    store.rows["metrics"] = [
+        dataclasses.replace(row, metric=name, n=n) for row in store.rows["metrics"] for name, n in names.items()
+    ]
+    return store
+
+
+def test_tasks_without_a_mean_have_no_common_difference():
+    """A tag such as `truthfulqa`: the unnamed mean of bleu_acc and acc is a number that no column shows."""
+    tasks = np.repeat(["gen", "mc1"], [200, 800])
+    store = named_metrics(accuracy_store(tasks=tasks), {"gen bleu_acc": 200, "mc1 acc": 800})
+    table = only_table(store)
+    assert [(row.difference, row.remark) for row in table.rows] == [(None, "")] * 2
+    said = "no mean over these tasks is stored, so they have no common difference: `qfarm compare` has one for each"
+    assert table.remarks == (said,) and " ".join(render(load(store), width=80).split()).count(said) == 1
+    assert "gen bleu_acc" in render(load(store), width=200)
+
+
+def test_only_tasks_with_the_metric_of_the_mean_are_paired():
+    """A group whose mean is of acc, with a member that is judged by exact_match: lost items of `b` only."""
+    tasks = np.repeat(["a", "b"], [500, 500])
+    names = {"acc": 500, "a exact_match": 500, "b acc": 500}
+    store = named_metrics(accuracy_store(lost=60, gained=20, tasks=tasks), names)
+    found = rows_by_recipe(only_table(store))["rtn"].difference
+    assert (found.n, found.lost, found.gained) == (500, 0, 20)  # the 60 lost are of `a`
+
+
+def test_a_mean_of_other_items_than_the_ledger_holds_is_refused():
+    """Suites of many tasks store no single ones: then their counts must agree."""
+    store = named_metrics(accuracy_store(tasks=np.repeat(["a", "b"], 500)), {"acc": 900})
+    row = rows_by_recipe(only_table(store))["rtn"]
+    said = "not compared: the stored accuracy is of 900 items, right or wrong are 1,000"
+    assert (row.difference, row.remark) == (None, said)
+
+
+def test_changed_answers_stand_beside_lost_and_gained():
+    """From wrong to another wrong counts: 80 flips and 15 more."""
+    store = accuracy_store(lost=60, gained=20)
+    assert "answers" not in render(load(store), width=200).splitlines()[1]
+    before = [row.correct for row in store.rows["documents"] if row.cell_id == BASELINE]
+    wrong = np.flatnonzero(np.array(before) == 0)[:15]
+    answers = {
+        cell_id: [
+            "0" if right else "1" for right in (r.correct for r in store.rows["documents"] if r.cell_id == cell_id)
+        ]
+        for cell_id in (BASELINE, RTN)
+    }
+    for i in wrong:
+        answers[RTN][i] = "2"
+    given = {cell_id: iter(found) for cell_id, found in answers.items()}
+    store.rows["documents"] = [
+        dataclasses.replace(row, answer=next(given[row.cell_id])) for row in store.rows["documents"]
+    ]
+    row = rows_by_recipe(only_table(store))["rtn"]
+    assert row.answers_changed == 60 + 20 + 15
+    assert "flips lost gained answers" in " ".join(render(load(store), width=200).splitlines()[1].split())
+    assert json.loads(render(load(store), "json"))["tables"][0]["rows"][1]["answers_changed"] == 95
 
 
 def test_an_item_without_an_answer_is_refused():
@@ -450,6 +616,27 @@ def test_the_best_in_accuracy_is_the_most_accurate():
     assert rows["gptq"].difference.identical and rows["gptq"].verdict == "identical"
     assert "no flips" in render(load(store), width=80)
     assert (rows["gptq"].best, rows["rtn"].best) == (True, False)
+
+
+def test_four_changed_items_beat_nobody():
+    """mid-p of 4 lost and 0 gained is 0.0625, and below ten changed items there is no test at all."""
+    store, n = FakeStore(), 1267
+    before = np.arange(n) < 800
+    worse, clearly = before.copy(), before.copy()
+    worse[:4] = False
+    clearly[:60] = False
+    for cell_id, recipe, right in (("1", "same", before), ("2", "four", worse), ("3", "sixty", clearly)):
+        cell = cell_row(cell_id * 16, recipe, "w4")
+        store.rows["cells"].append(cell)
+        store.add_items(cell, right)
+    store.rows["cells"].append(cell_row(BASELINE, "baseline", "w16"))
+    store.add_items(store.rows["cells"][-1], before)
+    rows = rows_by_recipe(only_table(store))
+    assert {name: row.best for name, row in rows.items() if name != "baseline"} == {
+        **{"same": True, "four": True},
+        **{"sixty": False},
+    }
+    assert rows["four"].front == "undecided" and rows["sixty"].front == "dominated"
 
 
 def test_the_headline_leads_and_single_tasks_follow_where_there_is_room():

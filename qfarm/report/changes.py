@@ -11,10 +11,10 @@ import pyarrow.compute as pc
 from scipy import special
 
 from qfarm.report.pairs import Key, Pieces, Readable, Target, difference_of, item_by_item
-from qfarm.stats import Difference
+from qfarm.stats import Difference, accuracy_difference
 
 LARGEST = 10  # documents
-HALF = 0.5  # of the total change in one document: it is the document that differs, not the cells
+HALF = 0.5  # of all change in one document: it is the document that differs, not the cells
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class DocumentChange:
     pieces: int
     tokens: int
     change: float  # nats, summed: first minus second
-    share: float | None  # of the total change; None where that is zero
+    share: float  # of the sum of all documents' absolute changes, with the sign of the change
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class TaskChange:
     change: float  # share of items
     lost: int
     gained: int
+    difference: Difference  # with its interval and test
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def document_changes(pieces: Pieces, target: Target) -> tuple[tuple[DocumentChan
         return (), None
     names, index = np.unique(np.asarray(pieces.words("cluster")), return_inverse=True)
     change = np.bincount(index, pieces.numbers("value") - pieces.numbers("value_other"))
-    count, tokens, total = np.bincount(index), np.bincount(index, pieces.numbers("tokens")), change.sum()
+    count, tokens, total = np.bincount(index), np.bincount(index, pieces.numbers("tokens")), np.abs(change).sum()
     order = np.argsort(-np.abs(change), kind="stable")[:LARGEST]
     windows = pieces.numbers("window")
     largest = tuple(
@@ -110,13 +111,12 @@ def document_changes(pieces: Pieces, target: Target) -> tuple[tuple[DocumentChan
             pieces=int(count[i]),
             tokens=int(tokens[i]),
             change=float(change[i]),
-            share=float(change[i] / total) if total else None,
+            share=float(change[i] / total),
         )
         for i in order
         if change[i]
     )
-    share = largest[0].share if largest else None
-    if share is None or abs(share) <= HALF or len(names) < 2:
+    if not largest or abs(largest[0].share) <= HALF or len(names) < 2:
         return largest, None
     kept = np.flatnonzero(index != order[0])
     assert pieces.table is not None
@@ -139,14 +139,12 @@ def task_changes(pieces: Pieces, target: Target) -> tuple[TaskChange, ...]:
         return ()
     of_item, first, second = item_by_item(pieces)
     names = np.asarray(pieces.words("task"))[of_item]
-    changes = first - second
-    return tuple(
-        TaskChange(
-            task=str(name),
-            n=int((names == name).sum()),
-            change=float(changes[names == name].mean()),
-            lost=int((changes[names == name] < 0).sum()),
-            gained=int((changes[names == name] > 0).sum()),
+    clusters = pieces.numbers("cluster_number")[of_item]
+    found = []
+    for name in np.unique(names):
+        here = names == name
+        one = accuracy_difference(first[here], second[here], clusters[here])
+        found.append(
+            TaskChange(task=str(name), n=one.n, change=one.delta, lost=one.lost, gained=one.gained, difference=one)
         )
-        for name in np.unique(names)
-    )
+    return tuple(found)

@@ -18,7 +18,6 @@ from qfarm.report.layout import grid, pairs, section, words
 from qfarm.report.render import MIN_WIDTH, terminal_text
 from qfarm.report.rows import ID_SHOWN, headline, label
 from qfarm.stats import (
-    INTERVAL_CLUSTERS,
     TEST_CHANGED,
     TEST_CLUSTERS,
     TEST_ITEMS,
@@ -82,7 +81,7 @@ def _result(result: PairResult) -> Iterator[RenderableType]:
     if found:
         facts |= {"verdict": _verdict(result, found), "change": _change(found), "test": _test(found)}
         facts |= _items(found, result.answers) if isinstance(found, AccuracyDifference) else {}
-        facts |= {"margin": _margin(result), "seeds": _seeds(result, found), "noise": _numeric(result, found)}
+        facts |= {"margin": _margin(result), "seeds": _seeds(result, found), "noise": _noise(result, found)}
         facts["on"] = f"{plural(found.n, _unit(found))}, {plural(found.clusters, 'cluster')}, paired"
     facts["remark"] = result.remark
     facts["protocol"] = f"{words(dict(result.protocol))}"
@@ -105,6 +104,8 @@ def _tasks(tasks: Sequence[TaskChange]) -> Iterator[RenderableType]:
             task.task,
             f"{task.n:,}",
             number(100 * task.change, "points", signed=True),
+            interval(*task.difference.shown[1:], "points", signed=True),
+            "" if task.difference.p is None else p_text(task.difference.p).removeprefix("= "),
             str(task.lost),
             str(task.gained),
         )
@@ -112,7 +113,9 @@ def _tasks(tasks: Sequence[TaskChange]) -> Iterator[RenderableType]:
         if task.lost or task.gained
     ]
     if rows:
-        yield grid(("task", "n", "points", "lost", "gained"), rows, numeric=(1, 2, 3, 4))
+        yield Text("tasks one by one, each p on its own (not adjusted for how many they are):", overflow="fold")
+        headings = ("task", "n", "points", "95 % interval", "p", "lost", "gained")
+        yield grid(headings, rows, numeric=(1, 2, 4, 5, 6))
     if len(rows) < len(tasks):
         yield Text(f"{plural(len(tasks) - len(rows), 'task')} without a flip")
 
@@ -158,7 +161,9 @@ def _verdict(result: PairResult, found: Difference) -> str:
     if result.within_margin and result.margin:
         said = f"within {result.margin.text}" if said == "within margin" else f"{said}, within {result.margin.text}"
         said += ", direction undecided" if result.verdict == "within margin" else ""
-    if result.verdict == "undecided" and found.detectable is not None:
+    if result.seeds:
+        said += f", over {result.seeds.seeds} shared seeds"
+    elif result.verdict == "undecided" and found.detectable is not None:
         said += f", which is not 'equal': {_amount(found, found.detectable)} would be found in 80 % of cases"
     return said
 
@@ -167,7 +172,7 @@ def _why_not_tested(result: PairResult, found: Difference) -> str:
     if any(metric.stopped_early is not None for both in result.metrics.values() for metric in both):
         return "a cell was stopped early"
     if isinstance(found, AccuracyDifference):
-        return f"a test needs {TEST_ITEMS} items, {TEST_CHANGED} of them changed, and {INTERVAL_CLUSTERS} clusters"
+        return f"a test needs {TEST_ITEMS} items, {TEST_CHANGED} of them changed, and {TEST_CLUSTERS} clusters"
     return f"a test needs {TEST_CLUSTERS} clusters"
 
 
@@ -225,16 +230,25 @@ def _seeds(result: PairResult, found: Difference) -> str:
     )
 
 
-def _numeric(result: PairResult, found: Difference) -> str:
-    if result.numeric.amount is None:
-        return f"numeric floor {result.numeric.source}"
-    return f"numeric floor {_amount(found, result.numeric.amount)} ({result.numeric.source})"
+def _noise(result: PairResult, found: Difference) -> str:
+    numeric = result.numeric
+    amount = "" if numeric.amount is None else f"{_amount(found, numeric.amount)} "
+    flips = "" if numeric.flips is None else f", flips {number(numeric.flips, 'fraction')}"
+    words = [f"numeric floor {amount}{f'({numeric.source}{flips})' if amount else numeric.source}"]
+    if result.seed_floor is not None:
+        words.append(f"noise of seeds {_amount(found, result.seed_floor)} (2 sigma of alike cells with several seeds)")
+    if result.below_floor:
+        words.append("the difference is below the floor: no direction")
+    return "; ".join(words)
 
 
 def _documents(result: PairResult, found: Difference) -> Iterator[RenderableType]:
     """The largest changes, what they add up to, and the difference without the first if it carries most of it."""
-    share = sum(document.share or 0.0 for document in result.documents)
-    yield Text(f"largest changes, together {number(share, 'fraction')} of the total change:", overflow="fold")
+    share = sum(abs(document.share) for document in result.documents)
+    yield Text(
+        f"largest changes, together {number(share, 'fraction')} of all change (share: of the sum of absolute changes):",
+        overflow="fold",
+    )
     rows = [
         (
             document.document[:ID_SHOWN],
@@ -242,14 +256,14 @@ def _documents(result: PairResult, found: Difference) -> Iterator[RenderableType
             f"{document.pieces:,}",
             f"{document.tokens:,}",
             f"{document.change:+,.2f}",
-            "" if document.share is None else number(document.share, "fraction", signed=True),
+            number(document.share, "fraction", signed=True),
         )
         for document in result.documents
     ]
     yield grid(("document", "windows", "pieces", "tokens", "nats", "share"), rows, numeric=(2, 3, 4, 5))
     if result.without_largest:
         yield Text(
-            f"document {plain(result.documents[0].document[:ID_SHOWN])} carries more than half of the total change; "
+            f"document {plain(result.documents[0].document[:ID_SHOWN])} carries more than half of all change; "
             f"without it: {_change(result.without_largest)}",
             overflow="fold",
         )
@@ -286,6 +300,8 @@ def _data(result: PairResult) -> dict[str, Any]:
         "p_non_inferior": result.non_inferior_p,
         "numeric_floor": result.numeric.amount,
         "numeric_floor_source": result.numeric.source,
+        "numeric_floor_flips": result.numeric.flips,
+        "seed_floor": result.seed_floor,
         "seeds": _seeds_data(result.seeds, found) if result.seeds and found else None,
         "largest_documents": [
             {name: getattr(one, name) for name in ("document", "windows", "pieces", "tokens", "change", "share")}
@@ -293,7 +309,9 @@ def _data(result: PairResult) -> dict[str, Any]:
         ],
         "without_largest": difference_data(result.without_largest) if result.without_largest else None,
         "tasks": [
-            {name: getattr(one, name) for name in ("task", "n", "change", "lost", "gained")} for one in result.tasks
+            {name: getattr(one, name) for name in ("task", "n", "change", "lost", "gained")}
+            | {"low": one.difference.low, "high": one.difference.high, "p": one.difference.p}
+            for one in result.tasks
         ],
         "answers": dataclasses.asdict(result.answers) if result.answers else None,
         "remark": result.remark,

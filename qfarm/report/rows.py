@@ -53,6 +53,7 @@ class Row:
     complete: bool  # every document of the baseline was measured
     wall_s: float | None  # of the attempt that published the metrics
     notes: tuple[str, ...]  # what that attempt did differently
+    answers_changed: int | None = None  # items answered in another way than by the baseline; None: no answers
     adjusted_p: float | None = None  # Holm over the table; None below MARK_CLUSTERS
     screened_p: float | None = None  # Benjamini-Hochberg over the same family
     margin_p: float | None = None  # of equivalence within the table's margin, Holm over the table
@@ -112,8 +113,10 @@ class Replicates:
     """Rows that differ in nothing but the seed."""
 
     rows: tuple[Row, ...]
-    values: Mapping[str, float]  # each metric's mean over the seeds
+    values: Mapping[str, float]  # each metric's mean over the seeds; none where a seed stopped early or lacks documents
     difference: SeedsMean | None  # to the baseline; None where the rows were not measured on the same documents
+
+    remark: str = ""  # why there are no means
 
     @property
     def first(self) -> Row:
@@ -127,6 +130,7 @@ class Noise:
     seeds: Mapping[tuple[str, str], SeedVariance]  # by recipe and scheme
     numeric: float | None  # between baselines in two dtypes, in the scale of the difference; None: not known
     numeric_source: str  # what it was measured between, or why it is not known
+    numeric_flips: float | None = None  # of items between the same baselines, a share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
