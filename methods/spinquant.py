@@ -151,7 +151,7 @@ class Descent:
         for window in ids:
             loss = self.loss(window[None].to(self.loaded.device), stream, values) / len(ids)
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss)
+            total += float(loss.detach())
         if not math.isfinite(total):
             raise NonFinite("the loss of the quantized model is not finite")
         assert stream.grad is not None and values.grad is not None
