@@ -190,6 +190,25 @@ def test_tasks_are_listed():
     assert result.difference.delta == pytest.approx((-0.3 + 0.04) / 2)
 
 
+def test_tasks_without_a_mean_are_compared_one_by_one():
+    store = items_store(["x"] * 100 + ["y"] * 300)
+    store.rows["metrics"] = [
+        dataclasses.replace(row, metric=name, n=n)
+        for row in store.rows["metrics"]
+        for name, n in (("x bleu_acc", 100), ("y acc", 300))
+    ]
+    found = compare(store, "1", "2")
+    result = only_result(found)
+    assert result.difference is None and result.verdict is None
+    assert [one.difference.p for one in result.tasks] == [stats.mid_p(30, 0), stats.mid_p(0, 12)]
+    assert (result.tasks[1].difference.low, result.tasks[1].difference.high) == stats.accuracy_change(0, 12, 300)[1:]
+    text = said(found)
+    assert "no mean over these tasks is stored, so they have no common difference; each has its own below" in text
+    assert "x 100 -30.0" in text and "y 300 +4.0" in text
+    tasks = json.loads(comparison_json(found))["evaluations"][0]["tasks"]
+    assert [task["p"] for task in tasks] == [stats.mid_p(30, 0), stats.mid_p(0, 12)]
+
+
 def test_changed_answers_are_counted_and_listed_flips_first():
     """Right to wrong, wrong to another wrong with most of the probability, the same answer with other odds."""
     store = items_store()
@@ -232,6 +251,7 @@ def test_tasks_that_are_not_right_or_wrong_are_left_out():
     store.rows["documents"] = [
         dataclasses.replace(row, correct=None) if row.task == "y" else row for row in store.rows["documents"]
     ]
+    store.rows["metrics"] = [dataclasses.replace(row, n=100) for row in store.rows["metrics"]]
     result = only_result(compare(store, "1", "2"))
     assert whole.n == 400 and result.difference.n == 100 and result.difference.lost == 30
 

@@ -174,6 +174,29 @@ def test_cells_tied_with_the_best_share_a_bar_and_the_dominated_are_named():
     assert sum(" | " in line for line in text.splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    ("cheaper", "dearer", "kv_bits"),
+    [("w4kv2", "w4kv4", (2.5, 4.5)), ("w4kv2", "w4kv4", (None, None)), ("w4a8", "w4", (None, None))],
+)
+def test_a_cell_with_fewer_bits_elsewhere_is_not_dominated(cheaper, dearer, kv_bits):
+    """The same bits per weight: what the scheme saves at the cache or at linear inputs counts as well."""
+    store = Planted()
+    store.cell("1", "less", 0.10 + store.noise(0.004), scheme=cheaper, kv_bits=kv_bits[0])
+    store.cell("2", "more", 0.02 + store.noise(0.004), scheme=dearer, kv_bits=kv_bits[1])
+    store.cell("3", "worst", 0.20 + store.noise(0.004), scheme=dearer, kv_bits=kv_bits[1])
+    fronts = {row.cell.recipe: row.front for row in only_table(store.store).rows if row.front}
+    assert fronts == {"less": "front", "more": "front", "worst": "dominated"}
+
+
+def test_of_two_caches_of_one_width_the_one_with_less_metadata_is_cheaper():
+    store = Planted()
+    store.cell("1", "less", 0.10 + store.noise(0.004), scheme="w4kv2", kv_bits=2.25)
+    store.cell("2", "more", 0.02 + store.noise(0.004), scheme="w4kv2", kv_bits=2.5)
+    assert {row.cell.recipe: row.front for row in only_table(store.store).rows if row.front} == {
+        **{"less": "front", "more": "front"},
+    }
+
+
 def test_rows_on_fewer_documents_have_no_place(planted):
     planted.cell("3", "third", 0.01 + planted.noise(0.02))
     planted.store.rows["documents"] = [
@@ -413,16 +436,77 @@ def test_a_mean_over_tasks_has_the_weights_of_what_is_stored(weights):
 def test_one_item_in_two_tasks_is_two_and_one_that_stands_twice_counts_twice():
     store = accuracy_store()
     store.rows["documents"] += [dataclasses.replace(row) for row in store.rows["documents"] if row.document == "item 0"]
+    named_metrics(store, {"acc": 1001})
     found = rows_by_recipe(only_table(store))["rtn"].difference
     assert (found.n, found.lost, found.clusters) == (1001, 61, 1000)
     again = next(i for i, row in enumerate(store.rows["documents"]) if row.cell_id == RTN and row.document == "item 0")
     store.rows["documents"][again] = dataclasses.replace(store.rows["documents"][again], correct=1)
     assert rows_by_recipe(only_table(store))["rtn"].difference.lost == 60
-    tasked = accuracy_store(tasks=["a"] * 1000)
+    tasked = named_metrics(accuracy_store(tasks=["a"] * 1000), {"acc": 1001})
     tasked.rows["documents"] += [
         dataclasses.replace(row, task="b") for row in tasked.rows["documents"] if row.document == "item 0"
     ]
     assert rows_by_recipe(only_table(tasked))["rtn"].difference.n == 1001
+
+
+def named_metrics(store: FakeStore, names) -> FakeStore:
+    """The stored metric of each cell under other names, with the number of items behind each."""
+    store.rows["metrics"] = [
+        dataclasses.replace(row, metric=name, n=n) for row in store.rows["metrics"] for name, n in names.items()
+    ]
+    return store
+
+
+def test_tasks_without_a_mean_have_no_common_difference():
+    """A tag such as `truthfulqa`: the unnamed mean of bleu_acc and acc is a number that no column shows."""
+    tasks = np.repeat(["gen", "mc1"], [200, 800])
+    store = named_metrics(accuracy_store(tasks=tasks), {"gen bleu_acc": 200, "mc1 acc": 800})
+    table = only_table(store)
+    assert [(row.difference, row.remark) for row in table.rows] == [(None, "")] * 2
+    said = "no mean over these tasks is stored, so they have no common difference: `qfarm compare` has one for each"
+    assert table.remarks == (said,) and " ".join(render(load(store), width=80).split()).count(said) == 1
+    assert "gen bleu_acc" in render(load(store), width=200)
+
+
+def test_only_tasks_with_the_metric_of_the_mean_are_paired():
+    """A group whose mean is of acc, with a member that is judged by exact_match: lost items of `b` only."""
+    tasks = np.repeat(["a", "b"], [500, 500])
+    names = {"acc": 500, "a exact_match": 500, "b acc": 500}
+    store = named_metrics(accuracy_store(lost=60, gained=20, tasks=tasks), names)
+    found = rows_by_recipe(only_table(store))["rtn"].difference
+    assert (found.n, found.lost, found.gained) == (500, 0, 20)  # the 60 lost are of `a`
+
+
+def test_a_mean_of_other_items_than_the_ledger_holds_is_refused():
+    """Suites of many tasks store no single ones: then their counts must agree."""
+    store = named_metrics(accuracy_store(tasks=np.repeat(["a", "b"], 500)), {"acc": 900})
+    row = rows_by_recipe(only_table(store))["rtn"]
+    said = "not compared: the stored accuracy is of 900 items, right or wrong are 1,000"
+    assert (row.difference, row.remark) == (None, said)
+
+
+def test_changed_answers_stand_beside_lost_and_gained():
+    """From wrong to another wrong counts: 80 flips and 15 more."""
+    store = accuracy_store(lost=60, gained=20)
+    assert "answers" not in render(load(store), width=200).splitlines()[1]
+    before = [row.correct for row in store.rows["documents"] if row.cell_id == BASELINE]
+    wrong = np.flatnonzero(np.array(before) == 0)[:15]
+    answers = {
+        cell_id: [
+            "0" if right else "1" for right in (r.correct for r in store.rows["documents"] if r.cell_id == cell_id)
+        ]
+        for cell_id in (BASELINE, RTN)
+    }
+    for i in wrong:
+        answers[RTN][i] = "2"
+    given = {cell_id: iter(found) for cell_id, found in answers.items()}
+    store.rows["documents"] = [
+        dataclasses.replace(row, answer=next(given[row.cell_id])) for row in store.rows["documents"]
+    ]
+    row = rows_by_recipe(only_table(store))["rtn"]
+    assert row.answers_changed == 60 + 20 + 15
+    assert "flips lost gained answers" in " ".join(render(load(store), width=200).splitlines()[1].split())
+    assert json.loads(render(load(store), "json"))["tables"][0]["rows"][1]["answers_changed"] == 95
 
 
 def test_an_item_without_an_answer_is_refused():
@@ -450,6 +534,27 @@ def test_the_best_in_accuracy_is_the_most_accurate():
     assert rows["gptq"].difference.identical and rows["gptq"].verdict == "identical"
     assert "no flips" in render(load(store), width=80)
     assert (rows["gptq"].best, rows["rtn"].best) == (True, False)
+
+
+def test_four_changed_items_beat_nobody():
+    """mid-p of 4 lost and 0 gained is 0.0625, and below ten changed items there is no test at all."""
+    store, n = FakeStore(), 1267
+    before = np.arange(n) < 800
+    worse, clearly = before.copy(), before.copy()
+    worse[:4] = False
+    clearly[:60] = False
+    for cell_id, recipe, right in (("1", "same", before), ("2", "four", worse), ("3", "sixty", clearly)):
+        cell = cell_row(cell_id * 16, recipe, "w4")
+        store.rows["cells"].append(cell)
+        store.add_items(cell, right)
+    store.rows["cells"].append(cell_row(BASELINE, "baseline", "w16"))
+    store.add_items(store.rows["cells"][-1], before)
+    rows = rows_by_recipe(only_table(store))
+    assert {name: row.best for name, row in rows.items() if name != "baseline"} == {
+        **{"same": True, "four": True},
+        **{"sixty": False},
+    }
+    assert rows["four"].front == "undecided" and rows["sixty"].front == "dominated"
 
 
 def test_the_headline_leads_and_single_tasks_follow_where_there_is_room():

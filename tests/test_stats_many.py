@@ -113,6 +113,45 @@ def test_too_few_items_or_changes_are_not_tested(lost, gained, n, tested):
     assert (found.p is not None) == tested and found.low is not None
 
 
+def test_a_test_of_clustered_items_needs_twenty_clusters():
+    after, before = items(30, 12, 500)
+    for clusters, tested in ((19, False), (20, True)):
+        found = stats.accuracy_difference(after, before, np.arange(500) % clusters)
+        assert (found.p is not None) == tested and found.low is not None
+
+
+def test_flips_of_twins_have_the_clustered_interval():
+    after, before = items(30, 12, 500)
+    flipped = (after != before).astype(float)
+    expected = stats.clustered_mean(flipped, np.ones(500), np.arange(500) // 2).interval()
+    found = stats.accuracy_difference(after, before, np.arange(500) // 2).flips
+    assert found == pytest.approx(expected, abs=EXACT)
+    assert found.high - found.low > 1.3 * np.ptp(stats.wilson(42, 500)[1:])  # twins flip together
+
+
+@pytest.mark.parametrize(("right", "k"), [(1.0, 15), (0.0, 0)])
+def test_clusters_that_are_all_alike_are_no_certainty(right, k):
+    mean, interval = stats.share(np.full(30, right), np.arange(30) // 2)
+    assert mean.error == 0 and interval == pytest.approx(stats.wilson(k, 15), abs=EXACT)
+    halves = stats.share(np.tile([1.0, 0.0], 15), np.arange(30) // 2)[1]
+    assert halves == (0.5, None, None)
+
+
+def test_less_accurate_is_the_mid_p_of_each_pair(rng):
+    before = rng.uniform(size=800) < 0.7
+    after = before ^ (rng.uniform(size=(4, 800)) < [[0.01], [0.03], [0.08], [0.08]])
+    after[0] = before
+    after[0, :7] = ~before[:7]
+    p, testable = stats.less_accurate_p(after.astype(int) - before)
+    for i, j in itertools.permutations(range(4), 2):
+        lost, gained = np.sum(after[j] & ~after[i]), np.sum(after[i] & ~after[j])
+        two_sided = stats.mid_p(lost, gained)
+        expected = two_sided / 2 if lost >= gained else 1 - two_sided / 2
+        assert testable[i, j] == (lost + gained >= 10)
+        assert p[i, j] == pytest.approx(expected if testable[i, j] else 1.0, abs=1e-9)
+    assert not stats.less_accurate_p(after[:, :99].astype(int) - before[:99])[1].any()
+
+
 def test_equal_answers_are_identical():
     found = stats.accuracy_difference(*items(0, 0, 500), np.arange(500))
     assert found.identical and (found.p, found.low, found.standard_error) == (None, None, None)
@@ -239,6 +278,13 @@ def test_dominated_needs_no_more_bits_and_a_better_score(rng):
     assert list(stats.dominated(p, [3, 4, 8])) == [False, True, False]
     assert list(stats.dominated(p, [4, 3, 8])) == [False, False, False]
     assert list(stats.dominated(p[:1, :1], [4])) == [False]
+
+
+def test_dominated_needs_no_more_bits_in_any_respect(rng):
+    p = judged(rng.normal(size=(141, 2)) * 0.02 + [0.0, 0.05])
+    assert list(stats.dominated(p, [[4, 16], [4, 16]])) == [False, True]
+    assert list(stats.dominated(p, [[4, 16], [4, 8]])) == [False, False]
+    assert list(stats.dominated(p, [[4, np.nan], [4, np.nan]])) == [False, False]
 
 
 def test_equal_cells_are_neither_worse_nor_better(rng):

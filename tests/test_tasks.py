@@ -227,6 +227,13 @@ def test_clusters_repeated_items_and_intervals(session: Session, tmp_path: Path)
     assert documents[2].document == f"{documents[0].document}.2" and documents[2].cluster == documents[0].cluster
 
 
+def test_a_question_in_two_tasks_is_two_items_of_one_cluster(session: Session, tmp_path: Path) -> None:
+    _, documents = run(session, choice_task(tmp_path))
+    _, others = run(session, choice_task(tmp_path, "again"))
+    assert [d.cluster for d in documents] == [d.cluster for d in others]
+    assert not {d.document for d in documents} & {d.document for d in others}
+
+
 def _config(folder: Path) -> dict[str, Any]:
     import yaml
 

@@ -329,6 +329,8 @@ def test_what_items_share() -> None:
     assert shared_content(winogrande, twin) == shared_content(winogrande, other)
     assert shared_content(winogrande, twin | {"sentence": "A trophy did"}) != shared_content(winogrande, twin)
     assert shared_content(piqa, {"goal": "g", "sol1": "a"}) == "g"
+    gen, mc1 = (find(f"truthfulqa_{name}").leaves[0].config for name in ("gen", "mc1"))
+    assert shared_content(gen, {"question": "q", "best_answer": "b"}) == "q" == shared_content(mc1, {"question": "q"})
     passage = "This question refers to the following information.\nA text.\nWhat?"
     assert shared_content(mmlu, {"question": passage}) == passage.removesuffix("\nWhat?")
     assert shared_content(mmlu, {"question": "Line one\nWhat?"}) is None

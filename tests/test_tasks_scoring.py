@@ -236,6 +236,18 @@ def test_a_group_takes_only_its_filter() -> None:
     assert metrics(tasks, [only])[0].metric == "acc,strict" and metrics(tasks, [only])[0].value == 0.5
 
 
+@pytest.mark.parametrize(("right", "k"), [(1.0, 15), (0.0, 0)])
+def test_all_right_or_all_wrong_is_no_certainty(right: float, k: int) -> None:
+    """Clusters count, not items: 30 of 30 in 15 passages is Wilson's 15 of 15."""
+    (metric,) = metrics([scored("t", [right] * 30, [f"c{i // 2}" for i in range(30)])], [])
+    assert (metric.value, metric.low, metric.high) == pytest.approx(stats.wilson(k, 15))
+    assert metric.standard_error is None
+    tasks = [scored(name, [right] * 30) for name in ("a", "b")]
+    mean = Aggregate(name="both", tasks=("a", "b"), metric="acc", filters=None, weight_by_size=False)
+    group = metrics(tasks, [mean])[0]
+    assert (group.metric, group.value, group.low, group.standard_error) == ("acc", right, None, None)
+
+
 def test_clustered_items_get_a_clustered_interval() -> None:
     values = [1.0, 1.0, 0.0, 0.0] * 10
     clusters = [f"c{i // 2}" for i in range(40)]  # twins with equal answers

@@ -18,8 +18,9 @@ LEGEND = (
     "stored: bits per weight of the quantized layers, scales and zeros included; KV bits: per cached number. change: "
     "of perplexity per token against the baseline; points: of accuracy. KL: nats per token, baseline against cell (KL "
     "back: the reverse). agree: positions whose most probable token is the baseline's; right: is the true one; lost, "
-    "gained: right only before, only now; flips: both. causal: no where a quantizer looks across tokens. time: the "
-    "attempt that measured the row. `qfarm show CELL` tells all about a cell, `qfarm compare CELL CELL` about two."
+    "gained: right only before, only now; flips: both; answers: items answered in another way, from wrong to another "
+    "wrong included. causal: no where a quantizer looks across tokens. time: the attempt that measured the row. `qfarm "
+    "show CELL` tells all about a cell, `qfarm compare CELL CELL` about two."
 )
 
 

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from scipy import special
 
 from qfarm.report.pairs import Key, Pieces, Readable, Target, difference_of, item_by_item
-from qfarm.stats import Difference
+from qfarm.stats import Difference, accuracy_difference
 
 LARGEST = 10  # documents
 HALF = 0.5  # of the total change in one document: it is the document that differs, not the cells
@@ -38,6 +38,7 @@ class TaskChange:
     change: float  # share of items
     lost: int
     gained: int
+    difference: Difference  # with its interval and test
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,14 +140,12 @@ def task_changes(pieces: Pieces, target: Target) -> tuple[TaskChange, ...]:
         return ()
     of_item, first, second = item_by_item(pieces)
     names = np.asarray(pieces.words("task"))[of_item]
-    changes = first - second
-    return tuple(
-        TaskChange(
-            task=str(name),
-            n=int((names == name).sum()),
-            change=float(changes[names == name].mean()),
-            lost=int((changes[names == name] < 0).sum()),
-            gained=int((changes[names == name] > 0).sum()),
+    clusters = pieces.numbers("cluster_number")[of_item]
+    found = []
+    for name in np.unique(names):
+        here = names == name
+        one = accuracy_difference(first[here], second[here], clusters[here])
+        found.append(
+            TaskChange(task=str(name), n=one.n, change=one.delta, lost=one.lost, gained=one.gained, difference=one)
         )
-        for name in np.unique(names)
-    )
+    return tuple(found)

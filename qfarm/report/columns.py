@@ -123,6 +123,10 @@ def _items_value(name: str, row: Row) -> float | None:
     return _value(name)(row)
 
 
+def _answers(row: Row) -> str:
+    return "" if row.answers_changed is None else f"{row.answers_changed:,}"
+
+
 def _group(row: Row) -> str:
     return "" if row.cell.group_size == -1 else str(row.cell.group_size)
 
@@ -177,6 +181,7 @@ def _columns(change: str, mark_width: int) -> tuple[Column, ...]:
         _counted("flips"),
         _counted("lost"),
         _counted("gained"),
+        Column(heading="answers", text=_answers, rank=10, value=lambda row: row.answers_changed),
         _figure("KL back", "kl_reverse", 11),
         Column(
             heading="model bits",

@@ -19,7 +19,7 @@ from qfarm.report.changes import (
 )
 from qfarm.report.find import find
 from qfarm.report.floors import NOT_KNOWN, Baseline, NumericFloor, numeric_floors
-from qfarm.report.pairs import Pairing, Readable, Target, pairing_of, shared_pieces
+from qfarm.report.pairs import NO_MEAN, Pairing, Readable, Target, pairing_of, shared_pieces
 from qfarm.report.protocols import differing_keys
 from qfarm.report.rows import Attempt, parsed, records
 from qfarm.report.seeds import without_seed
@@ -27,6 +27,7 @@ from qfarm.report.tables import target_of
 from qfarm.stats import ALPHA, Difference, SeedsMean, Verdict, rows_of_seeds, seeds_interval, verdict
 
 _THERE = "the other cell"
+_BY_TASK = "no mean over these tasks is stored, so they have no common difference; each has its own below"
 _UNPAIRED = "each cell on its own: this evaluation has no losses or right and wrong answers to pair"
 
 
@@ -163,7 +164,7 @@ def _result(
         protocol=parsed(ours[0].protocol, {}),
         metrics={name: (one[name], two[name]) for name in one if name in two},
         difference=difference,
-        remark=pairing.remark,
+        remark=_BY_TASK if pairing.remark == NO_MEAN else pairing.remark,
         margin=margin,
         verdict=judged,
         within_margin=None if margin_p is None else margin_p < ALPHA,
@@ -171,8 +172,10 @@ def _result(
         numeric=numeric,
         documents=documents,
         without_largest=without,
-        tasks=task_changes(pieces, target) if difference and pieces else (),
-        answers=answer_changes(context.store, (first, eval_id), (second, eval_id)) if difference else None,
+        tasks=task_changes(pieces, target) if pieces and (difference or pairing.by_task) else (),
+        answers=answer_changes(context.store, (first, eval_id), (second, eval_id))
+        if difference or pairing.by_task
+        else None,
         seeds=seeds,
         one_seed=seeds is None and any(context.cells[cell].seed is not None for cell in (first, second)),
     )

@@ -18,7 +18,6 @@ from qfarm.report.layout import grid, pairs, section, words
 from qfarm.report.render import MIN_WIDTH, terminal_text
 from qfarm.report.rows import ID_SHOWN, headline, label
 from qfarm.stats import (
-    INTERVAL_CLUSTERS,
     TEST_CHANGED,
     TEST_CLUSTERS,
     TEST_ITEMS,
@@ -105,6 +104,8 @@ def _tasks(tasks: Sequence[TaskChange]) -> Iterator[RenderableType]:
             task.task,
             f"{task.n:,}",
             number(100 * task.change, "points", signed=True),
+            interval(*task.difference.shown[1:], "points", signed=True),
+            "" if task.difference.p is None else p_text(task.difference.p).removeprefix("= "),
             str(task.lost),
             str(task.gained),
         )
@@ -112,7 +113,9 @@ def _tasks(tasks: Sequence[TaskChange]) -> Iterator[RenderableType]:
         if task.lost or task.gained
     ]
     if rows:
-        yield grid(("task", "n", "points", "lost", "gained"), rows, numeric=(1, 2, 3, 4))
+        yield Text("tasks one by one, each p on its own (not adjusted for how many they are):", overflow="fold")
+        headings = ("task", "n", "points", "95 % interval", "p", "lost", "gained")
+        yield grid(headings, rows, numeric=(1, 2, 4, 5, 6))
     if len(rows) < len(tasks):
         yield Text(f"{plural(len(tasks) - len(rows), 'task')} without a flip")
 
@@ -167,7 +170,7 @@ def _why_not_tested(result: PairResult, found: Difference) -> str:
     if any(metric.stopped_early is not None for both in result.metrics.values() for metric in both):
         return "a cell was stopped early"
     if isinstance(found, AccuracyDifference):
-        return f"a test needs {TEST_ITEMS} items, {TEST_CHANGED} of them changed, and {INTERVAL_CLUSTERS} clusters"
+        return f"a test needs {TEST_ITEMS} items, {TEST_CHANGED} of them changed, and {TEST_CLUSTERS} clusters"
     return f"a test needs {TEST_CLUSTERS} clusters"
 
 
@@ -293,7 +296,9 @@ def _data(result: PairResult) -> dict[str, Any]:
         ],
         "without_largest": difference_data(result.without_largest) if result.without_largest else None,
         "tasks": [
-            {name: getattr(one, name) for name in ("task", "n", "change", "lost", "gained")} for one in result.tasks
+            {name: getattr(one, name) for name in ("task", "n", "change", "lost", "gained")}
+            | {"low": one.difference.low, "high": one.difference.high, "p": one.difference.p}
+            for one in result.tasks
         ],
         "answers": dataclasses.asdict(result.answers) if result.answers else None,
         "remark": result.remark,

@@ -77,7 +77,8 @@ def _of_table(table: Table) -> dict[str, Any]:
 def _row(row: Row) -> dict[str, Any]:
     """Differences of perplexity as change_percent and log_ratio, of accuracy as change_points; the others are null."""
     axes = {name: getattr(row.cell, name) for name in _CELL} | {"variant": row.variant, "wall_s": row.wall_s}
-    return axes | difference_data(row.difference) | _with_seeds(row) | judged_data(row)
+    answers = {"answers_changed": row.answers_changed}
+    return axes | difference_data(row.difference) | answers | _with_seeds(row) | judged_data(row)
 
 
 def judged_data(row: Row) -> dict[str, Any]:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qfarm.errors import InvalidInput
 from qfarm.margin import Margin
+from qfarm.record import CellRow
 from qfarm.report.rows import Front, Noise, Row, Table
 from qfarm.report.seeds import Pool, pool_of, replicates, seed_groups, seed_noise, with_noise
+from qfarm.scheme import UNTOUCHED, parse_scheme
 from qfarm.stats import (
     MARK_CLUSTERS,
     TEST_CLUSTERS,
+    AccuracyDifference,
     SeedVariance,
     benjamini_hochberg,
     dominated,
     holm,
+    less_accurate_p,
+    no_more_bits,
     tied_with_best,
     worse_p,
 )
@@ -90,11 +97,12 @@ def _ranked(rows: Sequence[Row], noise: Mapping[Pool, SeedVariance], numeric: fl
         return list(rows)
     value = np.array([np.mean([_harm(row) for row in group]) for group in units])
     p = _pairwise(units, value, noise, numeric)
-    bits = np.array([group[0].cell.linear_bits for group in units])
+    bits = _bits([group[0].cell for group in units])
+    cheap = no_more_bits(bits)
     best, beaten = tied_with_best(p), dominated(p, bits)
     place: dict[str, tuple[bool, Front]] = {}
     for i, group in enumerate(units):
-        leads = value[i] <= value[bits <= bits[i]].min()
+        leads = value[i] <= value[cheap[i]].min()
         front: Front = "dominated" if beaten[i] else "front" if leads else "undecided"
         place |= {row.cell.cell_id: (bool(best[i]), front) for row in group}
     return [
@@ -103,6 +111,24 @@ def _ranked(rows: Sequence[Row], noise: Mapping[Pool, SeedVariance], numeric: fl
         else row
         for row in rows
     ]
+
+
+def _bits(cells: Sequence[CellRow]) -> NDArray[np.float64]:
+    """[cell, respect]: stored bits per weight, widths of linear inputs, cache, queries, probabilities, bits of cache.
+
+    The last as stored, where all quantized caches hold codes, and not when some are only simulated.
+    """
+    bits = np.array([(cell.linear_bits, *_widths(cell.scheme)) for cell in cells])
+    stored = [UNTOUCHED if width == UNTOUCHED else cell.kv_bits for cell, width in zip(cells, bits[:, 2], strict=True)]
+    return bits if None in stored else np.column_stack([bits, np.array(stored, np.float64)])
+
+
+def _widths(text: str) -> tuple[float, ...]:
+    try:
+        scheme = parse_scheme(text)
+    except InvalidInput:  # of a newer version
+        return (math.nan,) * 4
+    return (scheme.linear_in, scheme.kv_cache, scheme.q, scheme.probs)
 
 
 def _can_be_ranked(row: Row) -> bool:
@@ -120,9 +146,24 @@ def _pairwise(
     sizes = [len(group) for group in units]
     extra = np.array([found.variance / size if found else 0.0 for found, size in zip(known, sizes, strict=True)])
     p = worse_p(value, influence, df, extra, [np.inf if found is None else found.df for found in known])
+    p = np.maximum(p, _of_items(units))
     floor = np.maximum(numeric, 2 * np.sqrt(np.add.outer(extra, extra)))
     p[np.abs(np.subtract.outer(value, value)) < floor] = 1.0
     return p
+
+
+def _of_items(units: Sequence[tuple[Row, ...]]) -> NDArray[np.float64]:
+    """p [i, j] of right and wrong answers, which no pair's p may be below; 0 where they ask for nothing.
+
+    A pair needs as many changed items as a difference to the baseline does, and the mid-p of independent items is that
+    pair's own: the normal distribution of `worse_p` is too sure of few changes.
+    """
+    found = [[one for row in group if isinstance(one := row.difference, AccuracyDifference)] for group in units]
+    if not all(found):
+        return np.zeros((len(units), len(units)))
+    p, testable = less_accurate_p([np.mean([one.changes for one in group], axis=0) for group in found])
+    single = np.array([len(group) == 1 and math.isinf(group[0].df) for group in found])
+    return np.where(np.logical_and.outer(single, single), p, np.where(testable, 0.0, 1.0))
 
 
 def _harm(row: Row) -> float:

@@ -22,7 +22,8 @@ from qfarm.stats import Difference, Weights, accuracy_difference, paired_differe
 
 BATCH = 256  # cells whose ledgers are in memory at once
 SHARED = 0.9  # of the smaller ledger: below it, what is missing may be what is hard
-_LEDGER = ("cell_id", "eval_id", "document", "window", "task", "cluster", "tokens", "loss", "correct")
+NO_MEAN = "no mean over these tasks is stored, so they have no common difference: `qfarm compare` has one for each"
+_LEDGER = ("cell_id", "eval_id", "document", "window", "task", "cluster", "tokens", "loss", "correct", "answer")
 _KEYS = ["eval_id", "document", "window", "task"]
 _TASK = ["cell_id", "eval_id", "task"]
 _OWNER = pa.schema([("eval_id", pa.string()), ("cell_id", pa.string())])
@@ -40,10 +41,13 @@ class Readable(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is compared of an evaluation, and the stored accuracy of the reference, from which the weights are known."""
+    """What is compared of an evaluation: the losses, or the answers behind one stored accuracy of the reference."""
 
     measure: Measure
-    accuracy: float | None = None
+    accuracy: float | None = None  # from which the weights of a mean over tasks are known
+    items: int | None = None  # behind it
+    without: frozenset[str] = frozenset()  # tasks whose right and wrong are of another metric than that accuracy
+    by_task: bool = False  # there is no such accuracy: only single tasks have differences
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,7 @@ class Pieces:
     table: pa.Table | None  # of `_joined`; None: not one
     of_first: int
     of_second: int
+    items_of_second: int
 
     def __len__(self) -> int:
         return 0 if self.table is None else len(self.table)
@@ -83,6 +88,8 @@ class Pairing:
     difference: Difference | None = None
     remark: str = ""
     complete: bool = False  # every piece of the other side is there
+    by_task: bool = False  # there is no common difference, but each task has one
+    answers_changed: int | None = None  # items answered in another way, right or wrong; None: no answers are stored
 
 
 def pair_with_baselines(
@@ -95,7 +102,7 @@ def pair_with_baselines(
     reference = _ledger(store, set(baselines.values()), targets)
     owner = pa.table({"eval_id": list(baselines), "cell_id": list(baselines.values())}, schema=_OWNER)
     reference = reference.join(owner, keys=["eval_id", "cell_id"], join_type="inner").drop_columns(["cell_id"])
-    counts = _counts(reference, ["eval_id"])
+    counts, items = _counts(reference, ["eval_id"]), _items(reference)
     reference = _numbered(reference)
     ordered = sorted(cells)
     found: dict[Key, Pairing] = {}
@@ -106,7 +113,12 @@ def pair_with_baselines(
         for (cell_id, eval_id), pieces in ours.items():
             theirs = counts.get((eval_id,))
             if theirs:
-                both = Pieces(table=shared.get((cell_id, eval_id)), of_first=pieces, of_second=theirs)
+                both = Pieces(
+                    table=shared.get((cell_id, eval_id)),
+                    of_first=pieces,
+                    of_second=theirs,
+                    items_of_second=items[eval_id],
+                )
                 found[cell_id, eval_id] = pairing_of(both, targets[eval_id])
     return found
 
@@ -122,7 +134,12 @@ def shared_pieces(store: Readable, first: Key, second: Key, target: Target) -> P
     if not len(ours) or not len(theirs):
         return None
     joined = dict(_joined(ours, _numbered(theirs.drop_columns(["cell_id"]))))
-    return Pieces(table=joined.get((first[0], "both")), of_first=len(ours), of_second=len(theirs))
+    return Pieces(
+        table=joined.get((first[0], "both")),
+        of_first=len(ours),
+        of_second=len(theirs),
+        items_of_second=_items(theirs)["both"],
+    )
 
 
 def pairing_of(pieces: Pieces, target: Target, other: str = "the baseline") -> Pairing:
@@ -130,13 +147,32 @@ def pairing_of(pieces: Pieces, target: Target, other: str = "the baseline") -> P
     count, smaller = len(pieces), min(pieces.of_first, pieces.of_second)
     if count == 0 or count < SHARED * smaller:
         return Pairing(remark=f"not compared: shares {count:,} of {smaller:,} pieces with {other}")
+    if target.items not in (None, pieces.items_of_second):
+        return Pairing(
+            remark=f"not compared: the stored accuracy is of {target.items:,} items, right or wrong are "
+            f"{pieces.items_of_second:,}"
+        )
     try:
         difference = difference_of(pieces, target)
     except NonFinite as error:
         return Pairing(remark=f"not compared: {error}")
+    if target.by_task and pieces.tasks() is not None:
+        return Pairing(remark=NO_MEAN, by_task=True)
     larger = max(pieces.of_first, pieces.of_second)
     remark = f"on {count:,} of {larger:,} shared pieces" if count < larger else ""
-    return Pairing(difference=difference, remark=remark, complete=count == pieces.of_second)
+    return Pairing(
+        difference=difference,
+        remark=remark,
+        complete=count == pieces.of_second,
+        answers_changed=_answers_changed(pieces) if target.measure == "accuracy" else None,
+    )
+
+
+def _answers_changed(pieces: Pieces) -> int | None:
+    """Items answered in another way, from wrong to another wrong included; None where an answer is not stored."""
+    assert pieces.table is not None
+    differ = pc.not_equal(pieces.table["answer"], pieces.table["answer_other"])
+    return None if differ.null_count else int(pc.sum(differ).as_py())
 
 
 def difference_of(pieces: Pieces, target: Target) -> Difference:
@@ -179,7 +215,8 @@ def item_by_item(pieces: Pieces) -> tuple[NDArray[np.int64], NDArray[np.float64]
 def _ledger(store: Readable, cells: Collection[str], targets: Mapping[str, Target]) -> pa.Table:
     """One row per piece of the evaluations that have what is compared: value, tokens, rows.
 
-    Tasks whose items are not right or wrong (TruthfulQA's mc2) are left out. A value that is missing is not a number.
+    Tasks whose items are not right or wrong (TruthfulQA's mc2), or so by another metric than the one that is compared,
+    are left out. A value that is missing is not a number.
     """
     table = store.read("documents", columns=_LEDGER, cell_ids=cells)
     table = table.filter(pc.is_in(table["eval_id"], pa.array(list(targets), pa.string())))
@@ -187,13 +224,17 @@ def _ledger(store: Readable, cells: Collection[str], targets: Mapping[str, Targe
     right = pc.cast(table["correct"], pa.float64())
     table = table.append_column("value", pc.if_else(pc.is_in(table["eval_id"], items), right, table["loss"]))
     table = _filled(table, "task", "")  # a join never matches nulls
+    for eval_id, target in targets.items():
+        if target.without:
+            of_others = pc.is_in(table["task"], pa.array(sorted(target.without), pa.string()))
+            table = table.filter(pc.invert(pc.and_(pc.equal(table["eval_id"], eval_id), of_others)))
     counted = table.group_by(_TASK).aggregate([("value", "count")])
     kept = counted.filter(pc.greater(counted["value_count"], 0)).select(_TASK)
     table = _filled(_filled(table, "window", -1), "value", math.nan)
     table = table.drop_columns(["loss", "correct"]).join(kept, keys=_TASK, join_type="inner")
     grouped = table.group_by(["cell_id", *_KEYS, "cluster"])
-    summed = grouped.aggregate([("tokens", "sum"), ("value", "sum"), ([], "count_all")])
-    return summed.rename_columns(["cell_id", *_KEYS, "cluster", "tokens", "value", "items"])
+    summed = grouped.aggregate([("tokens", "sum"), ("value", "sum"), ("answer", "max"), ([], "count_all")])
+    return summed.rename_columns(["cell_id", *_KEYS, "cluster", "tokens", "value", "answer", "items"])
 
 
 def _filled(table: pa.Table, name: str, value: object) -> pa.Table:
@@ -211,6 +252,12 @@ def _counts(ledger: pa.Table, keys: list[str]) -> dict[tuple[str, ...], int]:
     table = ledger.group_by(keys).aggregate([([], "count_all")])
     columns = [table[key].to_pylist() for key in keys]
     return dict(zip(zip(*columns, strict=True), table["count_all"].to_pylist(), strict=True))
+
+
+def _items(reference: pa.Table) -> dict[str, int]:
+    """By eval_id."""
+    table = reference.group_by(["eval_id"]).aggregate([("items", "sum")])
+    return dict(zip(table["eval_id"].to_pylist(), table["items_sum"].to_pylist(), strict=True))
 
 
 def _joined(ledger: pa.Table, reference: pa.Table) -> Iterator[tuple[Key, pa.Table]]:

@@ -53,6 +53,7 @@ class Row:
     complete: bool  # every document of the baseline was measured
     wall_s: float | None  # of the attempt that published the metrics
     notes: tuple[str, ...]  # what that attempt did differently
+    answers_changed: int | None = None  # items answered in another way than by the baseline; None: no answers
     adjusted_p: float | None = None  # Holm over the table; None below MARK_CLUSTERS
     screened_p: float | None = None  # Benjamini-Hochberg over the same family
     margin_p: float | None = None  # of equivalence within the table's margin, Holm over the table

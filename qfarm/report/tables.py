@@ -14,7 +14,7 @@ from qfarm.report.failed import failed_cells
 from qfarm.report.family import judged
 from qfarm.report.figures import plural
 from qfarm.report.floors import NOT_KNOWN, Baseline, NumericFloor, numeric_floors
-from qfarm.report.pairs import Key, Pairing, Readable, Target, pair_with_baselines
+from qfarm.report.pairs import NO_MEAN, Key, Pairing, Readable, Target, pair_with_baselines
 from qfarm.report.protocols import differing_keys, flatten
 from qfarm.report.rows import (
     ID_SHOWN,
@@ -70,8 +70,23 @@ def target_of(metrics: Iterable[MetricRow], reference: str | None = None) -> Tar
         by_cell[metric.cell_id][metric.metric] = metric
     if not any(_of_items(name) for names in by_cell.values() for name in names):
         return Target(measure="perplexity")
-    known = headline(by_cell.get(reference or "", {}))
-    return Target(measure="accuracy", accuracy=known.value if known else None)
+    stored = by_cell.get(reference or "", {})
+    known = headline(stored)
+    if known is None:
+        return Target(measure="accuracy", by_task=True)
+    of_others = {task for task, metric in _deciding(stored).items() if metric != known.metric}
+    return Target(measure="accuracy", accuracy=known.value, items=known.n, without=frozenset(of_others))
+
+
+def _deciding(names: Iterable[str]) -> dict[str, str]:
+    """By task: the metric that decides right and wrong, of 'arc_easy acc', 'gsm8k exact_match,strict-match'."""
+    found: dict[str, str] = {}
+    for wanted in RIGHT:
+        for name in names:  # as stored: of a task's filters, the first decides
+            task, _, base = name.partition(",")[0].rpartition(" ")
+            if task and base == wanted:
+                found.setdefault(task, name.removeprefix(f"{task} "))
+    return found
 
 
 def _of_items(metric: str) -> bool:
@@ -135,6 +150,10 @@ def _table(
         )
         for cell in members
     ]
+    remarks = [] if rows[0].is_baseline else ["no baseline was measured under this protocol"]
+    if any(row.remark == NO_MEAN for row in rows):  # said once
+        remarks.append(NO_MEAN)
+        rows = [dataclasses.replace(row, remark="") if row.remark == NO_MEAN else row for row in rows]
     first = group[members[0].cell_id][0]
     return Table(
         model=members[0].model,
@@ -143,7 +162,7 @@ def _table(
         eval_id=eval_id,
         protocol=parsed(first.protocol, {}),
         rows=tuple(rows),
-        remarks=() if rows[0].is_baseline else ("no baseline was measured under this protocol",),
+        remarks=tuple(remarks),
         measure=target.measure,
     )
 
@@ -163,6 +182,7 @@ def _row(
         difference=pairing.difference,
         remark=pairing.remark,
         complete=pairing.complete,
+        answers_changed=pairing.answers_changed,
         wall_s=attempt.wall_s if attempt else None,
         notes=tuple(map(str, parsed(attempt.notes, []))) if attempt else (),
     )

@@ -16,7 +16,9 @@ from qfarm.stats.accuracy import (
     accuracy_change,
     accuracy_difference,
     exact_p,
+    less_accurate_p,
     mid_p,
+    share,
     wilson,
 )
 from qfarm.stats.many import (
@@ -26,6 +28,7 @@ from qfarm.stats.many import (
     benjamini_hochberg,
     dominated,
     holm,
+    no_more_bits,
     tied_with_best,
     worse_p,
 )
@@ -82,12 +85,15 @@ __all__ = [
     "dominated",
     "exact_p",
     "holm",
+    "less_accurate_p",
     "mid_p",
+    "no_more_bits",
     "paired_difference",
     "percent",
     "pooled_seed_variance",
     "rows_of_seeds",
     "seeds_interval",
+    "share",
     "stratified_mean",
     "tied_with_best",
     "verdict",

@@ -78,13 +78,25 @@ def tied_with_best(p: NDArray[np.float64], alpha: float = ALPHA) -> NDArray[np.b
     return np.asarray(p.min(1) > alpha / (len(p) - 1))
 
 
-def dominated(p: NDArray[np.float64], bits: ArrayLike, alpha: float = ALPHA) -> NDArray[np.bool_]:
-    """Cells [cell] that another with no more bits is shown to beat; p as from `worse_p`, bits [cell] exact.
+def no_more_bits(bits: ArrayLike) -> NDArray[np.bool_]:
+    """[i, j]: cell j has no more bits than cell i, in any respect; bits [cell] or [cell, respect], NaN: unknown.
 
-    Corrected for all pairs that could dominate, so that a cell of the true front is dropped with probability <= alpha.
+    What is unknown is no more than itself only.
     """
-    size = np.asarray(bits, np.float64)
-    can = (size[None, :] <= size[:, None]) & ~np.eye(len(size), dtype=bool)
+    sizes = np.asarray(bits, np.float64)
+    sizes = sizes.reshape(len(sizes), -1)
+    cheap = (sizes[None, :] <= sizes[:, None]).all(-1)
+    np.fill_diagonal(cheap, True)
+    return np.asarray(cheap)
+
+
+def dominated(p: NDArray[np.float64], bits: ArrayLike, alpha: float = ALPHA) -> NDArray[np.bool_]:
+    """Cells [cell] that another is shown to beat with no more bits in any respect; p as from `worse_p`.
+
+    bits [cell] or [cell, respect] (weights, activations, KV cache) are exact. Corrected for all pairs that could
+    dominate, so that a cell of the true front is dropped with probability <= alpha.
+    """
+    can = no_more_bits(bits) & ~np.eye(len(p), dtype=bool)
     if not can.any():
-        return np.zeros(len(size), bool)
+        return np.zeros(len(p), bool)
     return np.asarray(((p <= alpha / can.sum()) & can).any(1))

@@ -139,25 +139,22 @@ def _items(task: Any, leaf: Leaf) -> tuple[Item, ...]:
     for instances in groups.values():
         instances.sort(key=lambda instance: instance.idx)
         doc = instances[0].doc
-        content = _hash([leaf.name, doc])
+        content, shared = _hash([leaf.name, doc]), shared_content(leaf.config, doc)
         # The same question may stand in a set twice; with other examples it is asked in another way.
         seen[content] = seen.get(content, 0) + 1
         document = content if seen[content] == 1 else f"{content}.{seen[content]}"
-        items.append(Item(document=document, cluster=_cluster(leaf, doc, content), doc=doc, instances=instances))
+        # Without the task's name: two tasks of a suite may ask the same question in two ways.
+        cluster = _hash([leaf.config.get("dataset_path"), doc if shared is None else shared])
+        items.append(Item(document=document, cluster=cluster, doc=doc, instances=instances))
     return tuple(items)
-
-
-def _cluster(leaf: Leaf, doc: Mapping[str, Any], content: str) -> str:
-    shared = shared_content(leaf.config, doc)
-    return content if shared is None else _hash([leaf.config.get("dataset_path"), shared])
 
 
 def shared_content(config: Mapping[str, Any], doc: Mapping[str, Any]) -> Any:
     """What makes an item depend on others of its set; None when nothing does.
 
     BoolQ: the passage. WinoGrande: the same two options after the same three first words (twins). PIQA: the goal.
-    MMLU's history subjects: the text above a question that 'refers to the following information'. A task's own file
-    may name columns under `metadata: {cluster: [...]}`.
+    MMLU's history subjects: the text above a question that 'refers to the following information'. TruthfulQA: the
+    question, which three tasks ask. A task's own file may name columns under `metadata: {cluster: [...]}`.
     """
     metadata = config.get("metadata")
     if isinstance(metadata, Mapping) and metadata.get("cluster"):
@@ -173,6 +170,8 @@ def shared_content(config: Mapping[str, Any], doc: Mapping[str, Any]) -> Any:
         return [sorted((doc["option1"].lower(), doc["option2"].lower())), opening]
     if data[0] == "baber/piqa":
         return doc["goal"]
+    if data[0] == "truthfulqa/truthful_qa":
+        return doc["question"]
     if data[0] == "cais/mmlu" and "refers to the following information" in doc["question"][:200]:
         return doc["question"].rpartition("\n")[0]
     return None

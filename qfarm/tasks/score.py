@@ -1,8 +1,10 @@
 """Score: from answers to metrics and ledger rows.
 
 Per task: the mean of each of lm-eval's metrics; with items in clusters Student's t on clusters, for independent
-right-or-wrong items Wilson's interval. Per group: the mean over tasks (plain, or weighted by size) with the stratified
-error that belongs to the same weights. Aggregations other than means (F1, perplexity) have a value and no error.
+right-or-wrong items Wilson's interval. Where nothing varies there is no standard error, and where items in clusters are
+all right or all wrong, Wilson's interval counts clusters. Per group: the mean over tasks (plain, or weighted by size)
+with the stratified error that belongs to the same weights. Aggregations other than means (F1, perplexity) have a value
+and no error.
 """
 
 from __future__ import annotations
@@ -93,15 +95,22 @@ def _task_metrics(scored: Scored, prefix: bool) -> Iterator[Metric]:
 
 
 def _mean(name: str, values: Sequence[float], clusters: Sequence[str], better: str) -> Metric:
-    found = stats.clustered_mean(values, [1] * len(values), clusters)
-    interval = found.interval()
-    if found.clusters == len(values) >= stats.INTERVAL_CLUSTERS and _right_or_wrong(values):
-        interval = stats.wilson(round(sum(values)), len(values))
+    if _right_or_wrong(values):
+        found, interval = stats.share(values, clusters)
+    else:
+        found = stats.clustered_mean(values, [1] * len(values), clusters)
+        interval = _spread_only(found)
     return _measured(name, found, interval, len(values), better, _unit(values))
 
 
+def _spread_only(mean: stats.Mean) -> stats.Interval:
+    """No ends where nothing varies between clusters."""
+    return mean.interval() if mean.error else stats.Interval(mean.value, None, None)
+
+
 def _measured(name: str, mean: stats.Mean, interval: stats.Interval, n: int, better: str, unit: str) -> Metric:
-    return measured(name, unit, better, n=n, clusters=mean.clusters, interval=interval, error=mean.standard_error)
+    error = mean.standard_error or None
+    return measured(name, unit, better, n=n, clusters=mean.clusters, interval=interval, error=error)
 
 
 def _right_or_wrong(values: Sequence[float]) -> bool:
@@ -132,7 +141,7 @@ def _group_metrics(scored: Sequence[Scored], aggregate: Aggregate, suite: str) -
             values, [1] * len(values), clusters, tasks, weights="size" if aggregate.weight_by_size else "plain"
         )
         name = metric_name(*key, None if aggregate.name == suite else aggregate.name)
-        yield _measured(name, mean, mean.interval(), len(values), "higher", _unit(values))
+        yield _measured(name, mean, _spread_only(mean), len(values), "higher", _unit(values))
 
 
 # -- ledger -----------------------------------------------------------------------------------------------------------
