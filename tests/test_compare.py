@@ -118,7 +118,7 @@ def test_the_largest_documents_and_their_share_by_hand(planted):
     d = losses(planted, "1" * 16) - losses(planted, "3" * 16)
     order = np.argsort(-np.abs(d))[:10]
     assert [one.document for one in result.documents] == [f"article {i}" for i in order]
-    assert [one.share for one in result.documents] == pytest.approx(list(d[order] / d.sum()))
+    assert [one.share for one in result.documents] == pytest.approx(list(d[order] / np.abs(d).sum()))
     assert only_result(compare(planted.store, "1", "2")).without_largest is None
 
 
@@ -133,7 +133,18 @@ def test_one_document_that_carries_most_is_named_with_the_value_without_it():
     assert result.documents[0].document == "article 7" and result.documents[0].share > 0.9
     d = (losses(store, "1" * 16) - losses(store, "2" * 16))[np.arange(141) != 7]
     assert result.without_largest.delta == pytest.approx(d.sum() / (140 * 2047))
-    assert "carries more than half of the total change; without it:" in said(found)
+    assert "carries more than half of all change; without it:" in said(found)
+
+
+def test_changes_that_cancel_are_not_carried_by_one_document():
+    """The net change is near nothing, so that any document is a multiple of it; of all change it is a hundredth."""
+    store = Planted()
+    store.cell("1", "odd", store.noise(0.02) + 1e-6)
+    store.cell("2", "plain", 0.0)
+    result = only_result(compare(store.store, "1", "2"))
+    d = losses(store, "1" * 16) - losses(store, "2" * 16)
+    assert np.abs(d).max() > 10 * abs(d.sum())
+    assert result.without_largest is None and abs(result.documents[0].share) < 0.05
 
 
 def test_a_document_in_two_windows_is_one(planted):
@@ -324,6 +335,43 @@ def test_shared_seeds_are_paired():
     for one, two in (("10", "30"), ("30", "10")):
         assert only_result(compare(store.store, one, two)).seeds.seeds == 3
     assert "over 3 shared seeds: " in said(compare(store.store, "10", "20"))
+
+
+def test_the_verdict_over_shared_seeds_is_that_of_the_crossed_interval():
+    """One seed is clearly worse on its documents; over three seeds that differ by as much, nothing is shown."""
+    store = Planted()
+    for seed, away in enumerate((0.02, -0.02, 0.001)):
+        store.cell(f"{10 + seed}", "gptq", 0.02 + away + store.noise(0.004), seed=seed)
+        store.cell(f"{20 + seed}", "awq", 0.02 + store.noise(0.004), seed=seed)
+    result = only_result(compare(store.store, "10", "20", read_option("perplexity=2%")))
+    assert result.difference.p < 1e-6 and result.seeds.p > 0.5
+    assert result.verdict == "undecided" and result.within_margin is False
+    assert "undecided, over 3 shared seeds" in said(compare(store.store, "10", "20"))
+    again = only_result(compare(store.store, "20", "10", read_option("perplexity=2%")))
+    assert again.verdict == "undecided"
+
+
+def test_seeds_that_are_not_shared_set_a_floor():
+    """As in the report: 2 sigma of alike cells for one cell with a seed, 2 sqrt 2 sigma between two."""
+    store = Planted()
+    store.replicates("gptq", 0.020, 0.005, start=10)
+    store.cell("40", "gptq", 0.034 + store.noise(0.002), seed=0, group_size=128)
+    store.cell("50", "rtn", 0.008 + store.noise(0.002), seed=None)
+    store.cell("60", "rtn", 0.020 + store.noise(0.002), seed=None, group_size=128)
+    for one, two, floor, verdict in (
+        ("10", "11", 2 * np.sqrt(2) * 0.005, "undecided"),  # two seeds of one cell, 0.005 apart
+        ("40", BASELINE, 2 * 0.005, "worse"),
+        ("40", "12", 2 * np.sqrt(2) * 0.005, "undecided"),  # 0.009 apart, seeds 0 and 2
+        ("50", "60", None, "better"),
+    ):
+        result = only_result(compare(store.store, one, two))
+        assert result.difference.p < 0.001
+        assert result.seed_floor == (None if floor is None else pytest.approx(floor))
+        assert (result.verdict, result.below_floor) == (verdict, verdict == "undecided")
+    text = said(compare(store.store, "10", "11"))
+    assert "noise of seeds 1.4 % (2 sigma of alike cells with several seeds)" in text
+    assert "the difference is below the floor: no direction" in text
+    assert json.loads(comparison_json(compare(store.store, "40", BASELINE)))["evaluations"][0]["seed_floor"] > 0
 
 
 def test_one_seed_says_what_the_interval_lacks(planted):

@@ -229,6 +229,8 @@ def test_three_seeds_show_a_noise_floor_and_nothing_is_ranked_below_it(seeded):
     text = " ".join(render(load(seeded.store), width=80).split())
     floor = 100 * np.expm1(2 * np.sqrt(2) * 0.005)
     assert f"noise floor {floor:.1f} %, the largest of: seeds {floor:.1f} %" in text
+    detectable = np.median([row.difference.detectable for row in table.rows if row.difference])
+    assert f"detectable: {100 * np.expm1(detectable):.2f} % (2.8 standard errors, median row)" in text
     assert "each row is one seed: calibration noise not included" in text
 
 
@@ -255,6 +257,40 @@ def test_replicates_have_the_crossed_interval(seeded):
     # Wider than what one checkpoint's documents say.
     low, high = group.difference.interval()[1:]
     assert high - low > 1.5 * (group.first.difference.high - group.first.difference.low)
+
+
+def test_seeds_that_measured_something_else_are_not_averaged(seeded):
+    """Stopped early, or without some documents: a mean over such seeds is of no text at all."""
+    seeded.store.rows["metrics"] = [
+        dataclasses.replace(row, stopped_early=24) if row.cell_id == "11" * 8 else row
+        for row in seeded.store.rows["metrics"]
+    ]
+    seeded.store.rows["documents"] = [
+        row for row in seeded.store.rows["documents"] if not (row.cell_id == "22" * 8 and row.window == 5)
+    ]
+    table = only_table(seeded.store)
+    assert [(group.values, group.difference) for group in table.replicates] == [({}, None)] * 2
+    text = " ".join(render(load(seeded.store), width=80).split())
+    said = "not averaged over seeds: stopped early or not on all documents with seed"
+    assert f"gptq w4 g64: {said} 1" in text and f"awq w4 g64: {said} 2" in text
+    (data,) = json.loads(render(load(seeded.store), "json"))["tables"]
+    assert [(group["metrics"], group["change"]) for group in data["over_seeds"]] == [({}, None)] * 2
+    assert all(group["remark"].startswith(said) for group in data["over_seeds"])
+
+
+def test_seeds_without_anything_to_pair_are_averaged_where_they_count_as_much():
+    store = FakeStore()
+    for seed, n in ((0, 5), (1, 5)):
+        cell = cell_row(f"{seed}" * 16, "gptq", "w4", seed=seed)
+        cell = dataclasses.replace(cell, spec=json.dumps({"seed": seed}))
+        store.rows["cells"].append(cell)
+        store.add(cell, [], [], label="needle", metrics={"found": 0.5 + seed / 10})
+        store.rows["metrics"][-1] = dataclasses.replace(store.rows["metrics"][-1], n=n)
+    (group,) = only_table(store).replicates
+    assert group.values == {"found": pytest.approx(0.55)} and group.remark == ""
+    store.rows["metrics"][-1] = dataclasses.replace(store.rows["metrics"][-1], n=4)
+    (group,) = only_table(store).replicates
+    assert group.values == {} and group.remark.endswith("with seed 1")
 
 
 def _losses(planted: Planted, cell: CellRow) -> np.ndarray:
@@ -345,6 +381,52 @@ def test_cells_closer_than_the_numeric_floor_are_not_ranked(planted):
         return [name for name in ("near", "next", "far") if rows[name].best]
 
     assert best_with_floor(0.0130) == ["near", "next"]
+
+
+def test_flips_of_items_have_the_floor_of_another_dtype():
+    """Of 1,000 items 30 flip between bfloat16 and float32: 50 flips are below twice that, 80 are not."""
+    store = accuracy_store(lost=60, gained=20)
+    base = np.array([row.correct for row in store.rows["documents"] if row.cell_id == BASELINE])
+    protocol = {"evaluator": "tasks", "dtype": "bfloat16"}
+    store.rows["metrics"] = [dataclasses.replace(row, protocol=json.dumps(protocol)) for row in store.rows["metrics"]]
+    assert only_table(store).noise.numeric_flips is None
+    few = base.copy()
+    few[:50] = 1 - few[:50]
+    other = base.copy()
+    other[:20], other[-10:] = 1 - other[:20], 1 - other[-10:]
+    for cell, right, eval_id, dtype in (
+        (cell_row(GPTQ, "gptq", "w4"), few, "a" * 16, "bfloat16"),
+        (cell_row("b" * 16, "baseline", "w16", dtype="float32"), other, "c" * 16, "float32"),
+    ):
+        store.rows["cells"].append(cell)
+        store.add_items(cell, right, eval_id=eval_id, protocol=protocol | {"dtype": dtype})
+    results = load(store)
+    table = next(table for table in results.tables if table.protocol["dtype"] == "bfloat16")
+    assert (table.noise.numeric_flips, table.noise.numeric) == (pytest.approx(0.03), pytest.approx(0.01))
+    said = "numeric floor of flips: 3.00 % of items (baseline in bfloat16 against float32); below twice that, which is "
+    assert f"{said}no evidence against a cell: gptq w4 g64 " in " ".join(render(results, width=80).split())
+
+
+@pytest.mark.parametrize(("chunk", "said"), [(None, "KV prefill quantized"), (16, "KV prefill windowed, chunks of 16")])
+def test_how_a_quantized_cache_is_read_is_shown(planted, chunk, said):
+    kv = {"prefill": "quantized" if chunk is None else "windowed", "chunk": chunk}
+    protocol = json.dumps(PROTOCOL | {"kv": kv})
+    planted.store.rows["metrics"] = [
+        dataclasses.replace(row, protocol=protocol) for row in planted.store.rows["metrics"]
+    ]
+    text = render(load(planted.store), width=120)
+    assert text.splitlines()[0].endswith(f" · {said}") and "; perplexity" not in text.splitlines()[0]
+    assert text.count(said) == 2  # title and caption
+    line = next(csv.DictReader(io.StringIO(render(load(planted.store), "csv"))))
+    assert (line["kv_prefill"], line["kv_chunk"]) == (kv["prefill"], str(chunk or ""))
+
+
+def test_a_change_beside_a_perplexity_by_word_says_that_it_is_per_token(planted):
+    assert " change " in render(load(planted.store), width=200).splitlines()[1]
+    planted.store.rows["metrics"] = [
+        dataclasses.replace(row, metric="word_perplexity") for row in planted.store.rows["metrics"]
+    ]
+    assert " change per token " in render(load(planted.store), width=200).splitlines()[1]
 
 
 def test_rows_of_another_device_say_so(planted):

@@ -8,7 +8,15 @@ import numpy as np
 
 from qfarm.report.figures import number, plain, plural
 from qfarm.report.rows import ID_SHOWN, FailedCell, Row, Table, units_used
-from qfarm.stats import FAMILY_ALPHA, INTERVAL_CLUSTERS, LEVEL, MARK_CLUSTERS, STRONG_ALPHA, Difference
+from qfarm.stats import (
+    FAMILY_ALPHA,
+    INTERVAL_CLUSTERS,
+    LEVEL,
+    MARK_CLUSTERS,
+    STRONG_ALPHA,
+    AccuracyDifference,
+    Difference,
+)
 
 ROWS_SHOWN = 50  # of one table in a terminal
 ERROR_SHOWN = 300  # characters of an error's one line
@@ -25,7 +33,15 @@ LEGEND = (
 
 
 def title(table: Table) -> str:
-    return f"{plain(table.model)} · {plain(table.evaluation)}"
+    return " · ".join(plain(part) for part in (table.model, table.evaluation, *_cache_read(table)))
+
+
+def _cache_read(table: Table) -> Iterator[str]:
+    """How quantized KV caches were read, where cells have some: 'KV prefill windowed, chunks of 16'."""
+    kv = table.protocol.get("kv")
+    if isinstance(kv, dict):
+        chunk = kv.get("chunk")
+        yield f"KV prefill {kv.get('prefill')}" + ("" if chunk is None else f", chunks of {chunk}")
 
 
 def over_seeds(table: Table) -> str:
@@ -43,7 +59,8 @@ def caption(table: Table, brief: bool = False) -> Iterator[str]:
         yield from _family(table)
         yield from _best(table)
         if not brief:
-            yield _noise(table, differences)
+            yield from _noise(table, differences)
+    yield from (f"{_name(group.first)}: {plain(group.remark)}" for group in table.replicates if group.remark)
     yield from (plain(text, ERROR_SHOWN) for text in table.remarks)
 
 
@@ -71,6 +88,7 @@ def _measured(table: Table) -> str:
     options = table.protocol.get("options")
     said = options.items() if isinstance(options, dict) else ()
     words = [f"{key} {value}" for key, value in said if value is not None and not isinstance(value, bool)]
+    words += _cache_read(table)
     words += [str(table.protocol[key]) for key in ("dtype",) if table.protocol.get(key)]
     run = table.protocol.get("run")
     words += [f"{run} quantization"] if run else []
@@ -169,8 +187,8 @@ def _name(row: Row) -> str:
     return f"{plain(row.name)} {plain(row.cell.scheme)}{group}"
 
 
-def _noise(table: Table, differences: Sequence[Difference]) -> str:
-    """How large differences come from nothing: seeds, arithmetic, too little text."""
+def _noise(table: Table, differences: Sequence[Difference]) -> Iterator[str]:
+    """How large differences come from nothing, seeds or arithmetic; and apart from it, what so much text can show."""
     one = differences[0]
     floors: list[float] = []
     words = []
@@ -186,12 +204,26 @@ def _noise(table: Table, differences: Sequence[Difference]) -> str:
     else:
         floors.append(table.noise.numeric)
         words.append(f"arithmetic {_amount(one, table.noise.numeric)} ({table.noise.numeric_source})")
+    floor = f" {_amount(one, max(floors))}" + ", the largest of" * (len(floors) > 1) if floors else " of the change"
+    yield f"noise floor{floor}: {'; '.join(words)}"
+    yield from _flips_floor(table)
     detectable = [one.detectable for one in differences if one.detectable is not None]
     if detectable:
-        floors.append(float(np.median(detectable)))
-        words.append(f"detectable {_amount(one, floors[-1])} (2.8 standard errors, median row)")
-    floor = f" {_amount(one, max(floors))}" + ", the largest of" * (len(floors) > 1) if floors else " of the change"
-    return f"noise floor{floor}: {'; '.join(words)}"
+        yield f"detectable: {_amount(one, float(np.median(detectable)))} (2.8 standard errors, median row)"
+
+
+def _flips_floor(table: Table) -> Iterator[str]:
+    """What arithmetic alone does to right and wrong items, and who does no more than that."""
+    floor = table.noise.numeric_flips
+    if floor is None:
+        return
+    below = [
+        _name(row)
+        for row in table.rows
+        if isinstance(row.difference, AccuracyDifference) and row.difference.flips.value < 2 * floor
+    ]
+    words = f"; below twice that, which is no evidence against a cell: {_listed(below)}" if below else ""
+    yield f"numeric floor of flips: {number(floor, 'fraction')} of items ({table.noise.numeric_source}){words}"
 
 
 def _amount(difference: Difference, amount: float) -> str:

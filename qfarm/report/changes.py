@@ -14,7 +14,7 @@ from qfarm.report.pairs import Key, Pieces, Readable, Target, difference_of, ite
 from qfarm.stats import Difference, accuracy_difference
 
 LARGEST = 10  # documents
-HALF = 0.5  # of the total change in one document: it is the document that differs, not the cells
+HALF = 0.5  # of all change in one document: it is the document that differs, not the cells
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class DocumentChange:
     pieces: int
     tokens: int
     change: float  # nats, summed: first minus second
-    share: float | None  # of the total change; None where that is zero
+    share: float  # of the sum of all documents' absolute changes, with the sign of the change
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def document_changes(pieces: Pieces, target: Target) -> tuple[tuple[DocumentChan
         return (), None
     names, index = np.unique(np.asarray(pieces.words("cluster")), return_inverse=True)
     change = np.bincount(index, pieces.numbers("value") - pieces.numbers("value_other"))
-    count, tokens, total = np.bincount(index), np.bincount(index, pieces.numbers("tokens")), change.sum()
+    count, tokens, total = np.bincount(index), np.bincount(index, pieces.numbers("tokens")), np.abs(change).sum()
     order = np.argsort(-np.abs(change), kind="stable")[:LARGEST]
     windows = pieces.numbers("window")
     largest = tuple(
@@ -111,13 +111,12 @@ def document_changes(pieces: Pieces, target: Target) -> tuple[tuple[DocumentChan
             pieces=int(count[i]),
             tokens=int(tokens[i]),
             change=float(change[i]),
-            share=float(change[i] / total) if total else None,
+            share=float(change[i] / total),
         )
         for i in order
         if change[i]
     )
-    share = largest[0].share if largest else None
-    if share is None or abs(share) <= HALF or len(names) < 2:
+    if not largest or abs(largest[0].share) <= HALF or len(names) < 2:
         return largest, None
     kept = np.flatnonzero(index != order[0])
     assert pieces.table is not None

@@ -207,7 +207,7 @@ SHOWN_METRICS = frozenset(
 def columns_of(table: Table) -> list[Column]:
     """The columns in which a table has anything to say, in reading order."""
     mark_width = max([1, *(len(row.mark) for row in table.rows)])
-    columns = list(_columns("change" if table.measure == "perplexity" else "points", mark_width))
+    columns = list(_columns(_change_heading(table), mark_width))
     known = {found.metric for row in table.rows if (found := headline(row.metrics))}
     others = sorted({name for row in table.rows for name in row.metrics} - SHOWN_METRICS)
     leading = [name for name in others if name in known or not known]
@@ -220,6 +220,14 @@ def columns_of(table: Table) -> list[Column]:
         for column in columns
         if any(column.text(row).strip() for row in table.rows) and (column.heading != "seed" or several_seeds)
     ]
+
+
+def _change_heading(table: Table) -> str:
+    """Of perplexity per token, which is said where another one stands beside it."""
+    if table.measure == "accuracy":
+        return "points"
+    by_word = any("word_perplexity" in row.metrics for row in table.rows)
+    return "change per token" if by_word else "change"
 
 
 def seed_columns(table: Table) -> list[Column]:
@@ -237,7 +245,7 @@ def seed_columns(table: Table) -> list[Column]:
         Column(heading="group", text=lambda group: _group(group.first), rank=2),
         Column(heading="seeds", text=lambda group: str(len(group.rows)), rank=0),
         Column(heading=heading, text=mean, rank=3),
-        Column(heading="change" if table.measure == "perplexity" else "points", text=_seeds_change, rank=1),
+        Column(heading=_change_heading(table), text=_seeds_change, rank=1),
         Column(heading="95 % interval", text=_seeds_interval, rank=1),
         Column(heading="spread", text=_spread, rank=1),
     )

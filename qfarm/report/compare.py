@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,12 +20,22 @@ from qfarm.report.changes import (
 )
 from qfarm.report.find import find
 from qfarm.report.floors import NOT_KNOWN, Baseline, NumericFloor, numeric_floors
-from qfarm.report.pairs import NO_MEAN, Pairing, Readable, Target, pairing_of, shared_pieces
+from qfarm.report.pairs import NO_MEAN, Pairing, Readable, Target, pair_with_baselines, pairing_of, shared_pieces
 from qfarm.report.protocols import differing_keys
 from qfarm.report.rows import Attempt, parsed, records
 from qfarm.report.seeds import without_seed
 from qfarm.report.tables import target_of
-from qfarm.stats import ALPHA, Difference, SeedsMean, Verdict, rows_of_seeds, seeds_interval, verdict
+from qfarm.stats import (
+    ALPHA,
+    AccuracyDifference,
+    Difference,
+    SeedsMean,
+    Verdict,
+    pooled_seed_variance,
+    rows_of_seeds,
+    seeds_interval,
+    verdict,
+)
 
 _THERE = "the other cell"
 _BY_TASK = "no mean over these tasks is stored, so they have no common difference; each has its own below"
@@ -46,6 +57,8 @@ class PairResult:
     within_margin: bool | None
     non_inferior_p: float | None  # one-sided, against a loss of the margin or more
     numeric: NumericFloor
+    seed_floor: float | None  # 2 sigma of the difference between one-seed cells, from alike cells; None: not known
+    below_floor: bool  # a difference within noise gets no direction
     documents: tuple[DocumentChange, ...]  # the largest changes
     without_largest: Difference | None  # where one document carries more than half of the total change
     tasks: tuple[TaskChange, ...]
@@ -121,6 +134,33 @@ class _Context:
         found = [parse_margin(target.measure, text) for text in stored if text]
         return min(found, key=lambda margin: margin.amount, default=None)
 
+    def seed_floor(self, first: str, second: str, eval_id: str) -> float | None:
+        """2 sigma of the difference of two cells from their seeds alone, as pooled over alike cells by the report.
+
+        None where neither has a seed, or no cells of its recipe and scheme were measured with several.
+        """
+        fingerprint = self.cells[second].fingerprint
+        alike = [cell for cell in self.cells.values() if cell.fingerprint == fingerprint]
+        alike = [cell for cell in alike if eval_id in self.evaluations(cell.cell_id)]
+        baseline = min((cell.cell_id for cell in alike if cell.recipe == "baseline"), default=None)
+        drawn = [cell for cell in (self.cells[first], self.cells[second]) if cell.seed is not None]
+        if baseline is None or not drawn:
+            return None
+        pools = {(cell.recipe, cell.scheme) for cell in drawn}
+        wanted = {cell.cell_id: cell for cell in alike if (cell.recipe, cell.scheme) in pools}
+        target = target_of(self.evaluations(baseline)[eval_id], baseline)
+        paired = pair_with_baselines(self.store, {eval_id: baseline}, wanted, {eval_id: target})
+        groups: dict[tuple[str, str], dict[str, list[float]]] = {}
+        for cell_id, cell in wanted.items():
+            pairing = paired.get((cell_id, eval_id), Pairing())
+            stopped = any(metric.stopped_early is not None for metric in self.evaluations(cell_id)[eval_id])
+            if pairing.difference and pairing.complete and not stopped:
+                of_pool = groups.setdefault((cell.recipe, cell.scheme), {})
+                of_pool.setdefault(without_seed(cell), []).append(pairing.difference.delta)
+        known = {pool: pooled_seed_variance(found.values()) for pool, found in groups.items()}
+        variances = [found.variance for cell in drawn if (found := known.get((cell.recipe, cell.scheme)))]
+        return 2 * math.sqrt(sum(variances)) if variances else None
+
     def numeric(self, fingerprint: str, eval_id: str) -> NumericFloor:
         baselines = [
             Baseline(
@@ -149,15 +189,16 @@ def _result(
         pairing = _of_prefix(pairing, min(stopped))
     difference, margin = pairing.difference, context.margin(target, (ours, theirs))
     numeric = context.numeric(context.cells[second].fingerprint, eval_id)
-    margin_p = difference.equivalence_p(margin.amount) if difference and margin else None
-    judged = None
-    if difference:
-        in_noise = numeric.amount is not None and abs(difference.delta) < numeric.amount
-        judged = verdict(difference, 1.0 if in_noise and difference.p is not None else difference.p, margin_p)
+    seeds = _over_seeds(context, first, second, eval_id, target) if difference and not stopped else None
+    # Shared seeds bring their noise into the error; without them it is a floor.
+    seed_floor = context.seed_floor(first, second, eval_id) if difference and seeds is None else None
+    judged = _with_seeds(difference, seeds) if difference and seeds else difference
+    floor = max(numeric.amount or 0.0, seed_floor or 0.0)
+    below_floor = judged is not None and not judged.identical and abs(judged.delta) < floor
+    margin_p = judged.equivalence_p(margin.amount) if judged and margin else None
     documents, without = document_changes(pieces, target) if difference and pieces else ((), None)
     by_name = ({metric.metric: metric for metric in side} for side in (ours, theirs))
     one, two = by_name
-    seeds = _over_seeds(context, first, second, eval_id, target) if difference and not stopped else None
     return PairResult(
         evaluation=ours[0].evaluation,
         eval_id=eval_id,
@@ -166,10 +207,12 @@ def _result(
         difference=difference,
         remark=_BY_TASK if pairing.remark == NO_MEAN else pairing.remark,
         margin=margin,
-        verdict=judged,
+        verdict=_verdict(judged, below_floor, margin_p) if judged else None,
         within_margin=None if margin_p is None else margin_p < ALPHA,
-        non_inferior_p=difference.non_inferior_p(margin.amount) if difference and margin else None,
+        non_inferior_p=judged.non_inferior_p(margin.amount) if judged and margin else None,
         numeric=numeric,
+        seed_floor=seed_floor,
+        below_floor=below_floor,
         documents=documents,
         without_largest=without,
         tasks=task_changes(pieces, target) if pieces and (difference or pairing.by_task) else (),
@@ -179,6 +222,29 @@ def _result(
         seeds=seeds,
         one_seed=seeds is None and any(context.cells[cell].seed is not None for cell in (first, second)),
     )
+
+
+def _verdict(difference: Difference, below_floor: bool, margin_p: float | None) -> Verdict | None:
+    return verdict(difference, 1.0 if below_floor and difference.p is not None else difference.p, margin_p)
+
+
+def _with_seeds(difference: Difference, seeds: SeedsMean) -> Difference:
+    """What is judged where seeds are shared: the mean over them, with an error for other seeds and documents."""
+    if difference.identical:
+        return difference
+    _, low, high = seeds.interval()
+    tested = None if difference.p is None else seeds.p
+    changes = {
+        "delta": seeds.value,
+        "standard_error": seeds.error,
+        "df": seeds.df,
+        "low": low,
+        "high": high,
+        "p": tested,
+    }
+    if isinstance(difference, AccuracyDifference):
+        changes |= {"centre": seeds.value, "centre_error": seeds.error}
+    return dataclasses.replace(difference, **changes)
 
 
 def _of_prefix(pairing: Pairing, seen: int) -> Pairing:
@@ -194,6 +260,8 @@ def _of_prefix(pairing: Pairing, seen: int) -> Pairing:
 
 def _over_seeds(context: _Context, first: str, second: str, eval_id: str, target: Target) -> SeedsMean | None:
     """Over the calibration samples that both have, paired by their seed; a cell without a seed is the same for all."""
+    if without_seed(context.cells[first]) == without_seed(context.cells[second]):
+        return None  # two seeds of one cell: what differs is the noise
     found = []
     for one, two in _seed_pairs(context, first, second, eval_id):
         pieces = shared_pieces(context.store, (one, eval_id), (two, eval_id), target)

@@ -81,7 +81,7 @@ def _result(result: PairResult) -> Iterator[RenderableType]:
     if found:
         facts |= {"verdict": _verdict(result, found), "change": _change(found), "test": _test(found)}
         facts |= _items(found, result.answers) if isinstance(found, AccuracyDifference) else {}
-        facts |= {"margin": _margin(result), "seeds": _seeds(result, found), "noise": _numeric(result, found)}
+        facts |= {"margin": _margin(result), "seeds": _seeds(result, found), "noise": _noise(result, found)}
         facts["on"] = f"{plural(found.n, _unit(found))}, {plural(found.clusters, 'cluster')}, paired"
     facts["remark"] = result.remark
     facts["protocol"] = f"{words(dict(result.protocol))}"
@@ -161,7 +161,9 @@ def _verdict(result: PairResult, found: Difference) -> str:
     if result.within_margin and result.margin:
         said = f"within {result.margin.text}" if said == "within margin" else f"{said}, within {result.margin.text}"
         said += ", direction undecided" if result.verdict == "within margin" else ""
-    if result.verdict == "undecided" and found.detectable is not None:
+    if result.seeds and result.verdict != "identical":
+        said += f", over {result.seeds.seeds} shared seeds"
+    elif result.verdict == "undecided" and found.detectable is not None:
         said += f", which is not 'equal': {_amount(found, found.detectable)} would be found in 80 % of cases"
     return said
 
@@ -228,16 +230,25 @@ def _seeds(result: PairResult, found: Difference) -> str:
     )
 
 
-def _numeric(result: PairResult, found: Difference) -> str:
-    if result.numeric.amount is None:
-        return f"numeric floor {result.numeric.source}"
-    return f"numeric floor {_amount(found, result.numeric.amount)} ({result.numeric.source})"
+def _noise(result: PairResult, found: Difference) -> str:
+    numeric = result.numeric
+    amount = "" if numeric.amount is None else f"{_amount(found, numeric.amount)} "
+    flips = "" if numeric.flips is None else f", flips {number(numeric.flips, 'fraction')}"
+    words = [f"numeric floor {amount}{f'({numeric.source}{flips})' if amount else numeric.source}"]
+    if result.seed_floor is not None:
+        words.append(f"noise of seeds {_amount(found, result.seed_floor)} (2 sigma of alike cells with several seeds)")
+    if result.below_floor:
+        words.append("the difference is below the floor: no direction")
+    return "; ".join(words)
 
 
 def _documents(result: PairResult, found: Difference) -> Iterator[RenderableType]:
     """The largest changes, what they add up to, and the difference without the first if it carries most of it."""
-    share = sum(document.share or 0.0 for document in result.documents)
-    yield Text(f"largest changes, together {number(share, 'fraction')} of the total change:", overflow="fold")
+    share = sum(abs(document.share) for document in result.documents)
+    yield Text(
+        f"largest changes, together {number(share, 'fraction')} of all change (share: of the sum of absolute changes):",
+        overflow="fold",
+    )
     rows = [
         (
             document.document[:ID_SHOWN],
@@ -245,14 +256,14 @@ def _documents(result: PairResult, found: Difference) -> Iterator[RenderableType
             f"{document.pieces:,}",
             f"{document.tokens:,}",
             f"{document.change:+,.2f}",
-            "" if document.share is None else number(document.share, "fraction", signed=True),
+            number(document.share, "fraction", signed=True),
         )
         for document in result.documents
     ]
     yield grid(("document", "windows", "pieces", "tokens", "nats", "share"), rows, numeric=(2, 3, 4, 5))
     if result.without_largest:
         yield Text(
-            f"document {plain(result.documents[0].document[:ID_SHOWN])} carries more than half of the total change; "
+            f"document {plain(result.documents[0].document[:ID_SHOWN])} carries more than half of all change; "
             f"without it: {_change(result.without_largest)}",
             overflow="fold",
         )
@@ -289,6 +300,8 @@ def _data(result: PairResult) -> dict[str, Any]:
         "p_non_inferior": result.non_inferior_p,
         "numeric_floor": result.numeric.amount,
         "numeric_floor_source": result.numeric.source,
+        "numeric_floor_flips": result.numeric.flips,
+        "seed_floor": result.seed_floor,
         "seeds": _seeds_data(result.seeds, found) if result.seeds and found else None,
         "largest_documents": [
             {name: getattr(one, name) for name in ("document", "windows", "pieces", "tokens", "change", "share")}

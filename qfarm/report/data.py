@@ -71,7 +71,11 @@ def to_csv(results: Results) -> str:
 
 def _of_table(table: Table) -> dict[str, Any]:
     names = ("model", "fingerprint", "evaluation", "eval_id")
-    return {name: getattr(table, name) for name in names}
+    kv = table.protocol.get("kv") or {}
+    return {name: getattr(table, name) for name in names} | {
+        "kv_prefill": kv.get("prefill"),
+        "kv_chunk": kv.get("chunk"),
+    }
 
 
 def _row(row: Row) -> dict[str, Any]:
@@ -148,7 +152,12 @@ def _noise(table: Table) -> dict[str, Any]:
         {"recipe": recipe, "scheme": scheme, "sigma": found.sigma, "df": found.df, "cells": found.cells}
         for (recipe, scheme), found in table.noise.seeds.items()
     ]
-    return {"seeds": seeds, "numeric": table.noise.numeric, "numeric_source": table.noise.numeric_source}
+    return {
+        "seeds": seeds,
+        "numeric": table.noise.numeric,
+        "numeric_flips": table.noise.numeric_flips,
+        "numeric_source": table.noise.numeric_source,
+    }
 
 
 def _replicates(group: Replicates) -> dict[str, Any]:
@@ -161,6 +170,7 @@ def _replicates(group: Replicates) -> dict[str, Any]:
         "group_size": group.first.cell.group_size,
         "variant": group.first.variant,
         "metrics": dict(group.values),
+        "remark": group.remark,
         "unit": group.first.difference.unit if group.first.difference else None,
         "change": ends.value if ends else None,
         "change_low": ends.low if ends else None,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qfarm.errors import InvalidInput
 from qfarm.margin import Margin
 from qfarm.record import CellRow
+from qfarm.report.floors import NumericFloor
 from qfarm.report.rows import Front, Noise, Row, Table
 from qfarm.report.seeds import Pool, pool_of, replicates, seed_groups, seed_noise, with_noise
 from qfarm.scheme import UNTOUCHED, parse_scheme
@@ -30,8 +31,9 @@ from qfarm.stats import (
 )
 
 
-def judged(table: Table, margin: Margin | None, numeric: float | None, numeric_source: str) -> Table:
+def judged(table: Table, margin: Margin | None, floor: NumericFloor) -> Table:
     """The table with its rows judged: each against the baseline, and all against each other."""
+    numeric = floor.amount
     rows = [dataclasses.replace(row, noise_floor=numeric or 0.0) for row in table.rows]
     groups = seed_groups(rows)
     noise = seed_noise(groups)
@@ -45,7 +47,7 @@ def judged(table: Table, margin: Margin | None, numeric: float | None, numeric_s
         rows=tuple(rows),
         margin=margin,
         replicates=replicates(seed_groups(rows)),
-        noise=Noise(seeds=noise, numeric=numeric, numeric_source=numeric_source),
+        noise=Noise(seeds=noise, numeric=numeric, numeric_source=floor.source, numeric_flips=floor.flips),
         tested=tuple(row.difference.p for row in compared if row.difference and row.difference.p is not None),
         family=sum(row.adjusted_p is not None for row in rows),
         left_out=sum(row.best is None for row in compared),

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qfarm.report.pairs import Key, Readable, Target, pairing_of, shared_pieces
+from qfarm.stats import AccuracyDifference, Difference
 
 NOT_KNOWN = "not known (no baseline of these files in another dtype)"
 
@@ -29,6 +30,7 @@ class NumericFloor:
 
     amount: float | None  # in the scale of differences; None: not known
     source: str
+    flips: float | None = None  # largest share of items that went either way
 
 
 def numeric_floors(store: Readable, baselines: Sequence[Baseline]) -> dict[Key, NumericFloor]:
@@ -42,18 +44,21 @@ def numeric_floors(store: Readable, baselines: Sequence[Baseline]) -> dict[Key, 
     for alike in families.values():
         for one in alike:
             floors = [
-                (amount, str(other.protocol["dtype"]))
+                (difference, str(other.protocol["dtype"]))
                 for other in alike
-                if other is not one and (amount := _between(store, one, other)) is not None
+                if other is not one and (difference := _between(store, one, other)) is not None
             ]
             if floors:
-                amount, dtype = max(floors)
-                source = f"baseline in {one.protocol['dtype']} against {dtype}"
-                found[one.fingerprint, one.eval_id] = NumericFloor(amount=amount, source=source)
+                amount, dtype = max((abs(difference.delta), dtype) for difference, dtype in floors)
+                flips = [one.flips.value for one, _ in floors if isinstance(one, AccuracyDifference)]
+                found[one.fingerprint, one.eval_id] = NumericFloor(
+                    amount=amount,
+                    source=f"baseline in {one.protocol['dtype']} against {dtype}",
+                    flips=max(flips, default=None),
+                )
     return found
 
 
-def _between(store: Readable, one: Baseline, other: Baseline) -> float | None:
+def _between(store: Readable, one: Baseline, other: Baseline) -> Difference | None:
     pieces = shared_pieces(store, (one.cell_id, one.eval_id), (other.cell_id, other.eval_id), one.target)
-    found = pairing_of(pieces, one.target).difference if pieces else None
-    return abs(found.delta) if found else None
+    return pairing_of(pieces, other.target).difference if pieces else None

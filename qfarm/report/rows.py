@@ -113,8 +113,10 @@ class Replicates:
     """Rows that differ in nothing but the seed."""
 
     rows: tuple[Row, ...]
-    values: Mapping[str, float]  # each metric's mean over the seeds
+    values: Mapping[str, float]  # each metric's mean over the seeds; none where a seed stopped early or lacks documents
     difference: SeedsMean | None  # to the baseline; None where the rows were not measured on the same documents
+
+    remark: str = ""  # why there are no means
 
     @property
     def first(self) -> Row:
@@ -128,6 +130,7 @@ class Noise:
     seeds: Mapping[tuple[str, str], SeedVariance]  # by recipe and scheme
     numeric: float | None  # between baselines in two dtypes, in the scale of the difference; None: not known
     numeric_source: str  # what it was measured between, or why it is not known
+    numeric_flips: float | None = None  # of items between the same baselines, a share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

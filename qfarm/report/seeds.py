@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from qfarm.record import CellRow
-from qfarm.report.rows import Replicates, Row, parsed
+from qfarm.report.rows import Replicates, Row, parsed, units_used
 from qfarm.stats import (
     SeedsMean,
     SeedVariance,
@@ -33,9 +33,16 @@ def seed_groups(rows: Sequence[Row]) -> list[tuple[Row, ...]]:
 
 
 def replicates(groups: Sequence[tuple[Row, ...]]) -> tuple[Replicates, ...]:
-    return tuple(
-        Replicates(rows=group, values=_means(group), difference=_crossed(group)) for group in groups if len(group) > 1
-    )
+    return tuple(_over_seeds(group) for group in groups if len(group) > 1)
+
+
+def _over_seeds(group: tuple[Row, ...]) -> Replicates:
+    """Means of seeds that measured the same; a seed that stopped early or lacks documents measured something else."""
+    partial = [str(row.cell.seed) for row in group if not _whole(row, group)]
+    if partial:
+        remark = f"not averaged over seeds: stopped early or not on all documents with seed {', '.join(partial)}"
+        return Replicates(rows=group, values={}, difference=None, remark=remark)
+    return Replicates(rows=group, values=_means(group), difference=_crossed(group))
 
 
 def seed_noise(groups: Sequence[tuple[Row, ...]]) -> dict[Pool, SeedVariance]:
@@ -80,6 +87,15 @@ def without_seed(cell: CellRow) -> str:
 def _comparable(group: Sequence[Row]) -> bool:
     """Every seed was measured on every document of the baseline."""
     return all(row.difference is not None and row.complete for row in group)
+
+
+def _whole(row: Row, group: Sequence[Row]) -> bool:
+    """All that was to be measured; where nothing is paired, as many units as any other seed."""
+    if row.stopped is not None:
+        return False
+    if any(one.difference is not None for one in group):
+        return row.difference is not None and row.complete
+    return units_used(row.metrics) == max(units_used(one.metrics) for one in group)
 
 
 def _crossed(group: Sequence[Row]) -> SeedsMean | None:

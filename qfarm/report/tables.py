@@ -222,7 +222,7 @@ def _judged(
     if margin is None:
         margin, remarks = _stored_margin(table, [made.get("margin") for made in provenance.values()])
     remarks += _devices(table, provenance)
-    found = judged(table, margin, floor.amount if floor else None, floor.source if floor else NOT_KNOWN)
+    found = judged(table, margin, floor or NumericFloor(amount=None, source=NOT_KNOWN))
     return dataclasses.replace(found, remarks=(*table.remarks, *remarks))
 
 

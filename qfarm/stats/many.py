@@ -85,9 +85,7 @@ def no_more_bits(bits: ArrayLike) -> NDArray[np.bool_]:
     """
     sizes = np.asarray(bits, np.float64)
     sizes = sizes.reshape(len(sizes), -1)
-    cheap = (sizes[None, :] <= sizes[:, None]).all(-1)
-    np.fill_diagonal(cheap, True)
-    return np.asarray(cheap)
+    return np.asarray((sizes[None, :] <= sizes[:, None]).all(-1) | np.eye(len(sizes), dtype=bool))
 
 
 def dominated(p: NDArray[np.float64], bits: ArrayLike, alpha: float = ALPHA) -> NDArray[np.bool_]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from qfarm.stats.means import INTERVAL_CLUSTERS, LEVEL, Floats, Interval
+from qfarm.stats.means import INTERVAL_CLUSTERS, LEVEL, TEST_CLUSTERS, Floats, Interval, t_tail
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,11 @@ class SeedsMean:
     spread: float  # standard deviation between the seeds' means
     seeds: int
     clusters: int
+
+    @property
+    def p(self) -> float | None:
+        """Two-sided, against 0; None below TEST_CLUSTERS clusters."""
+        return 2 * t_tail(-abs(self.value), self.error, self.df) if self.clusters >= TEST_CLUSTERS else None
 
     def interval(self, level: float = LEVEL) -> Interval:
         """No ends below INTERVAL_CLUSTERS clusters."""
