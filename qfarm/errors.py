@@ -10,6 +10,7 @@ QfarmError
 |-- Unavailable       a hub, an index or a file server does not answer; retried
 |-- NotVerified       an export does not read back as what was measured; it is not kept
 |-- NonFinite         NaN or Inf where a number was needed; given up
+|-- Disagreement      two runs of one cell that differ by more than rounding; given up
 `-- StoreFull         no space (or no permission) left where results go; not the cell's fault
 """
 
@@ -57,6 +58,10 @@ class NotVerified(QfarmError):
 
 
 class NonFinite(QfarmError):
+    pass
+
+
+class Disagreement(QfarmError):
     pass
 
 

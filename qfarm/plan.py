@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from qfarm.errors import Failure, JobError, Unavailable
@@ -35,7 +35,7 @@ class Task:
 
     job: str
     cell: Cell
-    evaluations: tuple[EvaluationSpec, ...]  # those that the store lacks, in the job's order
+    evaluations: tuple[EvaluationSpec, ...]  # those that the store lacks, in the order in which they run
     store: str  # absolute path or URL
     attempt_id: str
     number: int  # 1 is the first try of this submission
@@ -65,6 +65,7 @@ class PlannedCell:
     missing: tuple[EvaluationSpec, ...]  # evaluations still to run
     finished: tuple[EvaluationSpec, ...]  # evaluations that the store has
     estimate: Estimate
+    skipped: tuple[EvaluationSpec, ...] = ()  # evaluations not to be run, since another one ended the cell early
 
     @property
     def done(self) -> bool:
@@ -122,23 +123,30 @@ def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisio
     quantized = store.finished_cells() if store else frozenset()
     past, rate = history(store), machine_rate(job.file.resources.gpus)
     planned = []
+    ended = _ended_early(job, store, [cell.cell_id for cell in matrix.cells])
+    notes |= dict.fromkeys(_false_stops(job, matrix.cells))
     with_kv = {cell.fingerprint for cell in matrix.cells if cell.quantizes_kv}
     for cell in matrix.cells:
         wanted = {
             spec.eval_id: (spec, evaluator)
             for kv in _cache_kinds(cell, with_kv)
-            for evaluator in job.evaluations
+            for evaluator in _cheapest_first(job.evaluations)
             for spec in [_spec(evaluator, cell, hash_of, kv=kv)]
         }
         specs = [spec for spec, _ in wanted.values()]
         done = [cell.cell_id in quantized and (cell.cell_id, spec.eval_id) in finished for spec in specs]
-        missing = {spec.eval_id: wanted[spec.eval_id][1] for spec, known in zip(specs, done, strict=True) if not known}
+        lacking = tuple(spec for spec, known in zip(specs, done, strict=True) if not known)
+        finished_specs = tuple(spec for spec, known in zip(specs, done, strict=True) if known)
+        hopeless = any((cell.cell_id, spec.eval_id) in ended for spec in finished_specs)
+        to_run = () if hopeless else lacking
+        missing = {spec.eval_id: wanted[spec.eval_id][1] for spec in to_run}
         planned.append(
             PlannedCell(
                 cell=cell,
-                missing=tuple(spec for spec, known in zip(specs, done, strict=True) if not known),
-                finished=tuple(spec for spec, known in zip(specs, done, strict=True) if known),
+                missing=to_run,
+                finished=finished_specs,
                 estimate=estimate(job, cell, facts(cell.model), missing, past, rate),
+                skipped=lacking if hopeless else (),
             )
         )
     return Plan(job=job, cells=tuple(planned), invalid=matrix.invalid, notes=(*matrix.notes, *notes))
@@ -167,6 +175,31 @@ def statistics_key(cell: Cell) -> str:
     # A transform may look at what is to be quantized.
     scheme = cell.scheme if transforms else None
     return canonical_hash([cell.fingerprint, cell.dtype, cell.calibration, cell.seed, transforms, scheme])
+
+
+def _cheapest_first(evaluations: Iterable[Evaluator]) -> list[Evaluator]:
+    """In the order in which they run: what can end a cell early before all else, then by tokens."""
+    return sorted(evaluations, key=lambda one: (one.stop_alpha is None, one.tokens()))
+
+
+def _ended_early(job: Job, store: Store | None, cell_ids: Collection[str]) -> frozenset[tuple[str, str]]:
+    """(cell_id, eval_id) of the store's evaluations that the hopeless stop ended."""
+    if store is None or all(one.stop_alpha is None for one in job.evaluations):
+        return frozenset()
+    rows = store.read("metrics", columns=["cell_id", "eval_id", "stopped_early"], cell_ids=cell_ids).to_pylist()
+    return frozenset((row["cell_id"], row["eval_id"]) for row in rows if row["stopped_early"] is not None)
+
+
+def _false_stops(job: Job, cells: Iterable[Cell]) -> Iterator[str]:
+    """All cells share one order of windows, so that their false stops come together: what alpha means for all."""
+    count = sum(not cell.is_baseline for cell in cells)
+    for one in job.evaluations:
+        if one.stop_alpha is not None and count > 1:
+            yield (
+                f"{one.label}: alpha {one.stop_alpha:g} is that of one cell; a chance of up to "
+                f"{min(1.0, count * one.stop_alpha):.2g} that any of {count} cells at the limit is stopped "
+                f"(alpha: {one.stop_alpha / count:.2g} would make it {one.stop_alpha:g})"
+            )
 
 
 def _cache_kinds(cell: Cell, with_kv: Collection[str]) -> tuple[bool, ...]:

@@ -11,6 +11,7 @@ shape can move the last bits of a loss: a result does not depend on the order.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,10 +61,18 @@ class Spans:
         return slice(int(self.offsets[window]), int(self.offsets[window + 1]))
 
 
-def visiting_order(session: Session, windows: Windows | Rolling) -> list[range]:
-    """Batches of windows in the order that all cells of the session's evaluation share."""
-    found = batches(windows.rows, BATCH_TOKENS >> session.shrink)
-    return [found[index] for index in shared_order(session.evaluation, len(found))]
+def visiting_order(session: Session, windows: Windows | Rolling) -> list[list[range]]:
+    """Groups of windows in the order that all cells of the session's evaluation share, each as batches that fit.
+
+    A group is what one forward pass reads. Where memory ran out it takes several, and the order stays the same.
+    """
+    groups = batches(windows.rows, BATCH_TOKENS)
+    return [_parts(windows, groups[index], session.shrink) for index in shared_order(session.evaluation, len(groups))]
+
+
+def _parts(windows: Windows | Rolling, group: range, shrink: int) -> list[range]:
+    parts = batches(windows.rows[group.start : group.stop], BATCH_TOKENS >> shrink)
+    return [range(group.start + part.start, group.start + part.stop) for part in parts]
 
 
 @torch.no_grad()
@@ -151,7 +160,7 @@ def baseline_states(session: Session, windows: Windows | Rolling, label: str) ->
         session.note(f"{label}: the baseline's hidden states are not in this machine's cache; computed again")
         spans = Spans.of(windows)
         keeper = Keeper(session, windows, spans)
-        for batch in visiting_order(session, windows):
+        for batch in itertools.chain.from_iterable(visiting_order(session, windows)):
             for window, hidden in zip(batch, hidden_states(session, windows, batch, spans), strict=True):
                 keeper.keep(window, hidden)
         path = keeper.save()

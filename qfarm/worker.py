@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import socket
 import time
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from qfarm import environment
 from qfarm.calibrate import Keep, LayerResult, quantize_weights
-from qfarm.errors import Failure, InvalidInput, StoreFull, Unavailable, classify
+from qfarm.errors import Disagreement, Failure, InvalidInput, StoreFull, Unavailable, classify
 from qfarm.evaluate import build_evaluator
 from qfarm.inputs import Statistic
 from qfarm.layers.install import Installed, install_sites
@@ -40,6 +41,8 @@ from qfarm.walk import BATCH_TOKENS
 from qfarm.windows import Rolling, Windows, calibration_windows, evaluation_windows, rolling_windows
 
 Progress = Callable[[str, int, int], None]  # stage, done, total (0 = unknown)
+# Of a perplexity, between two runs of one cell: the most that another dtype moved one (bfloat16, ln PPL per window).
+RERUN_FLOOR = 0.003
 
 
 class Session:
@@ -296,7 +299,7 @@ def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: lis
         layers, installed = quantize_cell(session, progress)
     row = cell_row(task, session, layers, installed)
     store.publish_cell(row, [_layer_row(cell.cell_id, layer) for layer in layers])
-    for spec, evaluator in evaluators:
+    for number, (spec, evaluator) in enumerate(evaluators, 1):
         with clock(f"evaluate {spec.label}") as progress, torch.no_grad():
             session.evaluation = spec.eval_id
             with _reading_cache(session, spec):
@@ -310,12 +313,32 @@ def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: lis
             AnalysisRow(**dataclasses.asdict(figure), cell_id=cell.cell_id, eval_id=spec.eval_id)
             for figure in result.analysis
         ]
-        store.publish_evaluation(cell.cell_id, spec.eval_id, task.attempt_id, metrics, documents, analysis)
+        if not store.publish_evaluation(cell.cell_id, spec.eval_id, task.attempt_id, metrics, documents, analysis):
+            _check_against_stored(session, store, spec, metrics[0])
         figures.append((spec.label, result.metrics[0].value))
+        seen, left = result.metrics[0].stopped_early, [later.label for later, _ in evaluators[number:]]
+        if seen is not None and left:
+            session.note(f"{spec.label}: stopped on {seen} windows, which ended the cell; not run: {', '.join(left)}")
+            break
     for report in installed.reports:
         for note in report():
             session.note(note)
     return row.linear_bits
+
+
+def _check_against_stored(session: Session, store: Store, spec: EvaluationSpec, own: MetricRow) -> None:
+    """Another attempt's result was there first: the same, or a word about it. Raises Disagreement beyond rounding."""
+    rows = store.read("metrics", columns=["eval_id", "metric", "value"], cell_ids=[own.cell_id]).to_pylist()
+    stored = [row["value"] for row in rows if (row["eval_id"], row["metric"]) == (spec.eval_id, own.metric)]
+    if not stored or stored[0] == own.value or (math.isnan(stored[0]) and math.isnan(own.value)):
+        return
+    said = f"{spec.label}: {own.metric} {own.value:.6g} here, {stored[0]:.6g} in another attempt, whose results stand"
+    session.note(said)
+    slack = RERUN_FLOOR * abs(stored[0])
+    if own.unit != "perplexity":  # answers are whole: a few may flip
+        slack = max(slack, own.standard_error or 0.0, 2 / own.n)
+    if not abs(own.value - stored[0]) <= slack:
+        raise Disagreement(f"{said}: two runs of one cell differ by more than rounding")
 
 
 def _reading_cache(session: Session, spec: EvaluationSpec) -> AbstractContextManager[None]:

@@ -260,6 +260,26 @@ def test_a_hopeless_cell_is_stopped_and_says_on_what(session: Session, tiny: Pat
     assert all(kept[d.document] == d for d in documents)  # what was seen is what a whole run says of it
 
 
+def test_after_running_out_of_memory_the_windows_come_in_the_same_order(session: Session, tiny: Path) -> None:
+    """Halved batches are parts of the groups that all cells share, and the stop looks at whole groups."""
+    options: dict[str, Any] = {"length": 256, "windows": 128, "stop": {"above": 2.0}}
+    session.evaluation = "some eval_id"
+    run(session, **options)
+    as_quantized(session, tiny)
+    spoil(session, 10.0)
+    windows = session.windows("python-docs", 256, 128)
+    orders, seen = [], []
+    for shrink in (0, 1, 3):
+        session.shrink = shrink
+        order = predictions.visiting_order(session, windows)
+        orders.append([[index for batch in group for index in batch] for group in order])
+        assert all(len(batch) == 8 >> shrink for group in order for batch in group)
+        metrics, documents = run(session, **options)
+        seen.append({document.window for document in documents})
+        assert metrics["perplexity"].stopped_early == len(seen[-1])
+    assert orders[0] == orders[1] == orders[2] and seen[0] == seen[1] == seen[2]
+
+
 def test_a_good_cell_runs_to_its_end(session: Session, tiny: Path) -> None:
     options: dict[str, Any] = {"length": 128, "windows": 80, "stop": {"above": 2.0, "alpha": 0.5}}
     run(session, **options)
@@ -270,7 +290,7 @@ def test_a_good_cell_runs_to_its_end(session: Session, tiny: Path) -> None:
 
 def test_a_smaller_last_batch_counts_by_its_windows() -> None:
     """Two batches of four windows and one of two: their sums against ten windows' limit."""
-    gambler = _Gambler(Stop(above=math.exp(0.6)), [range(4), range(8, 10), range(4, 8)])
+    gambler = _Gambler(Stop(above=math.exp(0.6)), [[range(4)], [range(8, 10)], [range(4, 6), range(6, 8)]])
     assert gambler.test.n == 3 and gambler.test.limit == pytest.approx(0.6 * 10 / 12)
     ones = {"loss": np.full(5, 1.5), "baseline_loss": np.full(5, 0.5)}
     gambler.hopeless([ones] * 4)

@@ -96,6 +96,19 @@ def test_the_tokenizer_is_known_by_its_content(folder: Path) -> None:
     assert after.tokenizer != before.tokenizer and after.fingerprint == before.fingerprint
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "special_tokens_map.json", "added_tokens.json"])
+def test_what_stands_beside_the_tokenizer_counts_where_it_exists(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    before = resolve(str(folder))
+    seen = set()
+    for content in ("{}", "{} "):
+        (folder / name).write_text(content)
+        after = resolve(str(folder))
+        assert after.fingerprint == before.fingerprint
+        seen.add(after.tokenizer)
+    assert len(seen | {before.tokenizer}) == 3
+
+
 def test_folders_that_are_no_model(folder: Path) -> None:
     (folder / "tokenizer.json").rename(folder / "aside")
     (folder / "tokenizer_config.json").unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from qfarm import cli
+from qfarm import cli, predictions, worker
 from qfarm.errors import Failure, InvalidInput, NonFinite, StoreFull
+from qfarm.evaluate import perplexity
 from qfarm.job import Job, parse_job
 from qfarm.models.load import LoadedModel
 from qfarm.plan import Outcome, Plan, Task, make_plan, shares
 from qfarm.recipe import parse_recipe
+from qfarm.report.plan import render_plan
 from qfarm.solver import Factor, factorise
 from qfarm.store import Store
 from qfarm.worker import Session, run_cell
@@ -257,8 +260,6 @@ def test_failures_are_told_apart(farm: Farm, monkeypatch: pytest.MonkeyPatch, er
 def test_a_model_that_changed_since_planning_is_refused(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = farm.plan()
     monkeypatch.setattr(Farm, "plan", lambda self: plan)
-    import dataclasses
-
     changed = dataclasses.replace(plan.cells[0].cell, fingerprint="sha256:other")
     object.__setattr__(plan.cells[0], "cell", changed)
     outcome = farm.run(0)
@@ -286,6 +287,85 @@ def test_only_missing_evaluations_run(farm: Farm, tiny: Path) -> None:
     farm.run(4)
     assert {row["cell_id"]: row["attempt_id"] for row in farm.table("cells")} == before  # the first wins
     assert len({row["eval_id"] for row in farm.table("metrics")}) == 2
+
+
+STOPPING = """[
+  perplexity: {{text: python-docs, length: 32, windows: 200}},
+  perplexity: {{text: python-docs, length: 64, windows: 60, stop: {{above: 1.5}}}},
+  perplexity: {{text: python-docs, length: 32, windows: 5}}]
+"""
+
+
+def spoil_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantized cells predict confidently and wrongly."""
+    real = worker.quantize_cell
+
+    def spoiled(session: Session, *arguments: Any) -> Any:
+        done = real(session, *arguments)
+        head = session.loaded.head
+        if not session.cell.is_baseline:
+            session.loaded.replace_weight(head, -10.0 * head.weight)
+        return done
+
+    monkeypatch.setattr(worker, "quantize_cell", spoiled)
+    monkeypatch.setattr(predictions, "BATCH_TOKENS", 256)  # 15 groups of 4 windows
+
+
+def test_a_hopeless_cell_is_measured_by_nothing_else(farm: Farm, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_quantized(monkeypatch)
+    usual = "[perplexity: {{text: python-docs, length: 64, windows: 30}}]\n"
+    farm.job = make_job(tiny, JOB.replace(usual, STOPPING))
+    plan = farm.plan()
+    stop, cheap, dear = (spec.label for spec in plan.cells[1].missing)  # what may stop first, then by tokens
+    assert stop.endswith("stop above 1.5x") and cheap.endswith("x5") and dear.endswith("x200")
+    assert farm.run(0).failure is farm.run(1).failure is None
+    ids = [planned.cell.cell_id for planned in plan.cells]
+    evaluated = {
+        cell_id: {m["evaluation"] for m in farm.table("metrics") if m["cell_id"] == cell_id} for cell_id in ids
+    }
+    assert evaluated[ids[0]] == {stop, cheap, dear} and evaluated[ids[1]] == {stop}
+    assert 0 < max(m["stopped_early"] or 0 for m in farm.table("metrics")) < 60
+    notes = next(json.loads(row["notes"]) for row in farm.table("attempts") if row["cell_id"] == ids[1])
+    assert any(f"which ended the cell; not run: {cheap}, {dear}" in note for note in notes)
+    # What was not run is not missing, for this cell alone.
+    again = farm.plan()
+    assert again.cells[1].done and [spec.label for spec in again.cells[1].skipped] == [cheap, dear]
+    assert len(again.cells[2].missing) == 3 and not again.cells[2].skipped
+    assert "stopped early" in render_plan(again, 120)
+    without = JOB.replace(usual, STOPPING.replace(", stop: {{above: 1.5}}", ""))
+    farm.job = make_job(tiny, without)
+    assert len(farm.plan().cells[1].missing) == 3
+
+
+def test_the_plan_says_what_alpha_is_for_all_cells(farm: Farm, tiny: Path) -> None:
+    assert not farm.plan().notes
+    farm.job = make_job(tiny, JOB.replace("windows: 30", "windows: 30, stop: {{above: 2}}"))
+    (note,) = farm.plan().notes
+    assert "alpha 0.01 is that of one cell; a chance of up to 0.04 that any of 4 cells at the limit is stopped" in note
+    assert "(alpha: 0.0025 would make it 0.01)" in note
+
+
+@pytest.mark.parametrize(("factor", "failure", "noted"), [(1.0, None, 0), (1.001, None, 1), (1.01, Failure.BUG, 1)])
+def test_two_runs_of_one_cell_must_agree(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch, factor: float, failure: Failure | None, noted: int
+) -> None:
+    plan = farm.plan()
+    monkeypatch.setattr(Farm, "plan", lambda self: plan)  # as a straggler has it: nothing is stored yet
+    assert farm.run(0).failure is None
+    before = [row for row in farm.table("metrics") if row["metric"] == "perplexity"]
+    real = perplexity.metrics_of
+
+    def other(*arguments: Any) -> Any:
+        first, *rest = real(*arguments)
+        return [dataclasses.replace(first, value=first.value * factor), *rest]
+
+    monkeypatch.setattr(perplexity, "metrics_of", other)
+    outcome = farm.run(0)
+    assert outcome.failure == failure
+    assert ("two runs of one cell differ by more than rounding" in str(outcome.error)) == (failure is not None)
+    attempt = next(row for row in farm.table("attempts") if row["attempt_id"] == "attempt2")
+    assert sum("in another attempt, whose results stand" in note for note in json.loads(attempt["notes"])) == noted
+    assert [row for row in farm.table("metrics") if row["metric"] == "perplexity"] == before
 
 
 def test_another_tokenizer_is_another_model(farm: Farm, tmp_path: Path, tiny: Path) -> None:

@@ -70,6 +70,11 @@ class Evaluator:
         """True if cells are compared with what the baseline's evaluation leaves in the cache."""
         return False
 
+    @property
+    def stop_alpha(self) -> float | None:
+        """Chance that a cell at the limit is ended early, with all of the job's evaluations; None: it never is."""
+        return None
+
     def tokens(self) -> int:
         """About how many tokens one run feeds to the model; for estimates only."""
         raise NotImplementedError

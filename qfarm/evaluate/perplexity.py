@@ -63,7 +63,10 @@ _LATER = {"convention": "windows", "documents": None, "stop": None, "kv_chunk": 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Stop:
-    """End a cell whose perplexity is hopeless; a bounded share of cells at the limit is stopped wrongly."""
+    """End a cell whose perplexity is hopeless; a bounded share of cells at the limit is stopped wrongly.
+
+    The cell's other evaluations, which come after those with a stop, are not run either.
+    """
 
     above: float = Field(gt=1, allow_inf_nan=False, description="times the baseline's perplexity")
     alpha: float = Field(0.01, gt=0, lt=1, description="chance to stop a cell at the limit; for m cells take 0.01 / m")
@@ -128,6 +131,10 @@ class Perplexity(Evaluator):
     def needs_baseline(self) -> bool:
         return self.divergence
 
+    @property
+    def stop_alpha(self) -> float | None:
+        return self.stop.alpha if self.stop else None
+
     def tokens(self) -> int:
         return self.length * (self.windows or USUAL_WINDOWS.get(self.text, 150))
 
@@ -149,13 +156,14 @@ class Perplexity(Evaluator):
         gambler = _Gambler(self.stop, order) if self.stop and before is not None else None
         columns: dict[int, Columns] = {}
         stopped = False
-        for batch in order:
-            for index, hidden in zip(batch, hidden_states(session, windows, batch, spans), strict=True):
-                columns[index] = self._score(session, windows, spans, index, hidden, before)
-                if keeper:
-                    keeper.keep(index, hidden)
-            progress(len(columns), len(windows.rows))
-            stopped = gambler is not None and gambler.hopeless([columns[index] for index in batch])
+        for group in order:
+            for batch in group:
+                for index, hidden in zip(batch, hidden_states(session, windows, batch, spans), strict=True):
+                    columns[index] = self._score(session, windows, spans, index, hidden, before)
+                    if keeper:
+                        keeper.keep(index, hidden)
+                progress(len(columns), len(windows.rows))
+            stopped = gambler is not None and gambler.hopeless([columns[i] for batch in group for i in batch])
             if stopped:
                 break
         if keeper:
@@ -166,7 +174,7 @@ class Perplexity(Evaluator):
         if stopped:
             found = [dataclasses.replace(metric, stopped_early=len(columns)) for metric in found]
         if keeper:
-            found += _floors(session, windows, spans, [batch[0] for batch in order[:FLOOR_WINDOWS]], keeper)
+            found += _floors(session, windows, spans, [group[0][0] for group in order[:FLOOR_WINDOWS]], keeper)
         return Result(metrics=tuple(found), documents=tuple(documents))
 
     def _score(
@@ -194,17 +202,17 @@ EVALUATOR = Perplexity
 
 
 class _Gambler:
-    """The hopeless stop, fed batch by batch: the last batch may be smaller, so it counts by its windows."""
+    """The hopeless stop, fed group by group: the last group may be smaller, so it counts by its windows."""
 
-    def __init__(self, stop: Stop, order: Sequence[range]) -> None:
-        self.size = max(len(batch) for batch in order)
-        windows = sum(len(batch) for batch in order)
-        # Sum over all windows at most windows * ln(above), as a mean over batches of `size` windows.
+    def __init__(self, stop: Stop, order: Sequence[Sequence[range]]) -> None:
+        sizes = [sum(map(len, group)) for group in order]
+        self.size, windows = max(sizes), sum(sizes)
+        # Sum over all windows at most windows * ln(above), as a mean over groups of `size` windows.
         limit = math.log(stop.above) * windows / (len(order) * self.size)
         self.test = HopelessStop(len(order), limit, stop.alpha)
 
-    def hopeless(self, batch: Sequence[Columns]) -> bool:
-        differences = [float((figures["loss"] - figures["baseline_loss"]).mean()) for figures in batch]
+    def hopeless(self, group: Sequence[Columns]) -> bool:
+        differences = [float((figures["loss"] - figures["baseline_loss"]).mean()) for figures in group]
         return self.test.add(sum(differences) / self.size)
 
 

@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,18 +127,21 @@ def _from_folder(reference: str, folder: Path) -> ModelFacts:
         str(folder.resolve()),
         None,
         f"sha256:{digest.hexdigest()}",
-        _tokenizer_hash(folder, reference),
+        _tokenizer_hash(folder, reference, _TOKENIZER + _BESIDE_TOKENIZER),
         config,
     )
 
 
-def _tokenizer_hash(folder: Path, reference: str) -> str:
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
+# What else decides how a text or a chat becomes tokens. Of a converted GGUF file, all of it follows from that file.
+_BESIDE_TOKENIZER = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
+
+
+def _tokenizer_hash(folder: Path, reference: str, names: Sequence[str] = _TOKENIZER) -> str:
     digest = hashlib.sha256()
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if not found:
-        raise ModelError(f"{reference}: no tokenizer beside the weights (looked for {', '.join(names[:3])})")
-    for path in found:
+    if not any((folder / name).is_file() for name in _TOKENIZER):
+        raise ModelError(f"{reference}: no tokenizer beside the weights (looked for {', '.join(_TOKENIZER[:3])})")
+    for path in (folder / name for name in names if (folder / name).is_file()):
         digest.update(f"{path.name}:{_file_hash(path, reference)}".encode())
     return f"sha256:{digest.hexdigest()}"
 

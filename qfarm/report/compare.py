@@ -234,17 +234,11 @@ def _with_seeds(difference: Difference, seeds: SeedsMean) -> Difference:
         return difference
     _, low, high = seeds.interval()
     tested = None if difference.p is None else seeds.p
-    changes = {
-        "delta": seeds.value,
-        "standard_error": seeds.error,
-        "df": seeds.df,
-        "low": low,
-        "high": high,
-        "p": tested,
-    }
     if isinstance(difference, AccuracyDifference):
-        changes |= {"centre": seeds.value, "centre_error": seeds.error}
-    return dataclasses.replace(difference, **changes)
+        difference = dataclasses.replace(difference, centre=seeds.value, centre_error=seeds.error)
+    return dataclasses.replace(
+        difference, delta=seeds.value, standard_error=seeds.error, df=seeds.df, low=low, high=high, p=tested
+    )
 
 
 def _of_prefix(pairing: Pairing, seen: int) -> Pairing:

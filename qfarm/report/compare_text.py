@@ -161,7 +161,7 @@ def _verdict(result: PairResult, found: Difference) -> str:
     if result.within_margin and result.margin:
         said = f"within {result.margin.text}" if said == "within margin" else f"{said}, within {result.margin.text}"
         said += ", direction undecided" if result.verdict == "within margin" else ""
-    if result.seeds and result.verdict != "identical":
+    if result.seeds:
         said += f", over {result.seeds.seeds} shared seeds"
     elif result.verdict == "undecided" and found.detectable is not None:
         said += f", which is not 'equal': {_amount(found, found.detectable)} would be found in 80 % of cases"

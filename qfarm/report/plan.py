@@ -65,7 +65,7 @@ def _cells(plan: Plan, width: int) -> Table:
 
 def _state(planned: PlannedCell) -> str:
     if planned.done:
-        return "done"
+        return "stopped early" if planned.skipped else "done"
     total = len(planned.missing) + len(planned.finished)
     return f"{len(planned.missing)} of {total} to run" if planned.finished else "to run"
 
