@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -333,6 +335,35 @@ def test_the_main_job_can_be_planned_without_a_network(run: Run) -> None:
     assert "llama_matrix.yaml: 11 cells, 0 done, 11 to run" in text
     assert "note: meta-llama/Llama-3.1-8B-Instruct cannot be reached from here: shapes from the table of known" in text
     assert "GPU-hours (estimated from: assumed rate), memory of one worker: " in text
+
+
+def test_three_seeds_are_replicates_with_a_spread_and_a_floor(run: Run, tiny: Path) -> None:
+    """Planted stores tell whether the statistics are right; this one is run, with three calibration samples."""
+    Path("seeds.yaml").write_text(
+        changed(
+            **{
+                "models": f"['{tiny}']",
+                "methods": "[gptq]",
+                "bits": "[w3]",
+                "group_sizes": "[16]",
+                "seeds": "[0, 1, 2]",
+            },
+            **{"resources": "{gpus: 0}", "store": "out"},
+            evaluate="[perplexity: {text: python-docs, length: 64, windows: 40}]",
+        )
+    )
+    assert run("submit", "seeds.yaml", "--local").code == 0
+    (table,) = json.loads(run("report", "out", "--format", "json").out)["tables"]
+    gptq = [row for row in table["rows"] if row["recipe"] == "gptq"]
+    assert [row["seed"] for row in gptq] == [0, 1, 2] and len({row["log_ratio"] for row in gptq}) == 3
+    (group,) = table["over_seeds"]
+    deltas = [row["log_ratio"] for row in gptq]
+    assert group["cell_ids"] == [row["cell_id"] for row in gptq] and group["spread"] > 0
+    (noise,) = table["noise"]["seeds"]
+    assert noise["sigma"] == pytest.approx(statistics.stdev(deltas)) and noise["df"] == 2
+    assert all(row["noise_floor"] == pytest.approx(2 * noise["sigma"]) for row in gptq)
+    said = " ".join(run("report", "out").out.split())
+    assert "over seeds: means" in said and "noise floor" in said and "(2 sqrt 2 sigma; sigma" in said
 
 
 # -- the remembered store ---------------------------------------------------------------------------------------------
