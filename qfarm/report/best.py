@@ -15,6 +15,7 @@ import numpy as np
 from qfarm.errors import InvalidInput
 from qfarm.report.family import judged
 from qfarm.report.figures import number, plain
+from qfarm.report.floors import NumericFloor
 from qfarm.report.rows import Results, Row, Table, label
 from qfarm.report.seeds import seed_groups
 
@@ -40,9 +41,10 @@ def best(results: Results, model: str, max_bits: float, evaluation: str | None =
         for row in table.rows
         if row.is_baseline or (row.cell.linear_bits <= max_bits and row.difference is not None and row.complete)
     ]
-    found = judged(
-        dataclasses.replace(table, rows=tuple(within)), table.margin, table.noise.numeric, table.noise.numeric_source
+    floor = NumericFloor(
+        amount=table.noise.numeric, source=table.noise.numeric_source, flips=table.noise.numeric_flips
     )
+    found = judged(dataclasses.replace(table, rows=tuple(within)), table.margin, floor)
     groups = seed_groups(found.rows)
     if not groups:
         smallest = min((row.cell.linear_bits for row in table.rows if not row.is_baseline), default=None)
