@@ -60,7 +60,7 @@ class PairResult:
     seed_floor: float | None  # 2 sigma of the difference between one-seed cells, from alike cells; None: not known
     below_floor: bool  # a difference within noise gets no direction
     documents: tuple[DocumentChange, ...]  # the largest changes
-    without_largest: Difference | None  # where one document carries more than half of the total change
+    without_largest: Difference | None  # where one document carries more than half of all change
     tasks: tuple[TaskChange, ...]
     answers: AnswerChanges | None  # of items
     seeds: SeedsMean | None  # over the seeds that both have
@@ -139,15 +139,19 @@ class _Context:
 
         None where neither has a seed, or no cells of its recipe and scheme were measured with several.
         """
-        fingerprint = self.cells[second].fingerprint
-        alike = [cell for cell in self.cells.values() if cell.fingerprint == fingerprint]
-        alike = [cell for cell in alike if eval_id in self.evaluations(cell.cell_id)]
-        baseline = min((cell.cell_id for cell in alike if cell.recipe == "baseline"), default=None)
         drawn = [cell for cell in (self.cells[first], self.cells[second]) if cell.seed is not None]
-        if baseline is None or not drawn:
-            return None
         pools = {(cell.recipe, cell.scheme) for cell in drawn}
-        wanted = {cell.cell_id: cell for cell in alike if (cell.recipe, cell.scheme) in pools}
+        alike = [
+            cell
+            for cell in self.cells.values()
+            if cell.fingerprint == self.cells[second].fingerprint
+            and (cell.recipe == "baseline" or cell.seed is not None and (cell.recipe, cell.scheme) in pools)
+            and eval_id in self.evaluations(cell.cell_id)
+        ]
+        baseline = min((cell.cell_id for cell in alike if cell.recipe == "baseline"), default=None)
+        wanted = {cell.cell_id: cell for cell in alike if cell.recipe != "baseline"}
+        if baseline is None or not wanted:
+            return None
         target = target_of(self.evaluations(baseline)[eval_id], baseline)
         paired = pair_with_baselines(self.store, {eval_id: baseline}, wanted, {eval_id: target})
         groups: dict[tuple[str, str], dict[str, list[float]]] = {}
@@ -155,8 +159,8 @@ class _Context:
             pairing = paired.get((cell_id, eval_id), Pairing())
             stopped = any(metric.stopped_early is not None for metric in self.evaluations(cell_id)[eval_id])
             if pairing.difference and pairing.complete and not stopped:
-                of_pool = groups.setdefault((cell.recipe, cell.scheme), {})
-                of_pool.setdefault(without_seed(cell), []).append(pairing.difference.delta)
+                group = groups.setdefault((cell.recipe, cell.scheme), {})
+                group.setdefault(without_seed(cell), []).append(pairing.difference.delta)
         known = {pool: pooled_seed_variance(found.values()) for pool, found in groups.items()}
         variances = [found.variance for cell in drawn if (found := known.get((cell.recipe, cell.scheme)))]
         return 2 * math.sqrt(sum(variances)) if variances else None
