@@ -41,9 +41,7 @@ def best(results: Results, model: str, max_bits: float, evaluation: str | None =
         for row in table.rows
         if row.is_baseline or (row.cell.linear_bits <= max_bits and row.difference is not None and row.complete)
     ]
-    floor = NumericFloor(
-        amount=table.noise.numeric, source=table.noise.numeric_source, flips=table.noise.numeric_flips
-    )
+    floor = NumericFloor(amount=table.noise.numeric, source=table.noise.numeric_source, flips=table.noise.numeric_flips)
     found = judged(dataclasses.replace(table, rows=tuple(within)), table.margin, floor)
     groups = seed_groups(found.rows)
     if not groups:
