@@ -17,6 +17,7 @@ import pytest
 
 import qfarm
 from qfarm import cli, driver, remote
+from qfarm.cli import running, shared
 from qfarm.job import load_job
 from qfarm.matrix import Cell
 from qfarm.plan import EvaluationSpec, make_plan
@@ -165,7 +166,7 @@ def test_an_error_of_our_own_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyP
     def broken(path: str) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "_load", broken)
+    monkeypatch.setattr(running, "read_job", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main(["plan", "x.yaml"])
 
@@ -174,7 +175,7 @@ def test_an_interrupt_is_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch
     def interrupted(path: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load", interrupted)
+    monkeypatch.setattr(running, "read_job", interrupted)
     assert run("plan", "x.yaml").code == 130
 
 
@@ -371,7 +372,7 @@ def test_three_seeds_are_replicates_with_a_spread_and_a_floor(run: Run, tiny: Pa
 
 def test_the_last_store_is_remembered(run: Run, job: Path) -> None:
     store = Store.open("out", create=True)
-    cli._remember(store.location)
+    shared.remember(store.location)
     ran = run("store", "check")
     assert (ran.code, ran.out) == (0, "the store is sound\n")
     (Path("out") / "parts" / "cells" / "orphan.parquet").write_text("x")
@@ -397,7 +398,7 @@ def test_a_store_that_cannot_be_remembered_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("QFARM_CACHE", "/dev/null/x")
-    cli._remember("/store")
+    shared.remember("/store")
     assert [record.getMessage() for record in caplog.records] == [
         "/dev/null/x: this store cannot be remembered: Not a directory"
     ]
@@ -421,7 +422,7 @@ def test_with_nothing_to_run_nothing_is_started(
         publish(store, item.cell, item.missing)
     for name in ("run", "run_local"):
         monkeypatch.setattr(driver, name, pytest.fail)
-    monkeypatch.setattr(cli, "_print_report", lambda *_: click.echo("the report"))
+    monkeypatch.setattr(running, "print_report", lambda *_: click.echo("the report"))
     ran = run("submit", "small.yaml", *how)
     assert ran.code == 0 and ran.out.endswith("the report\n")
     assert "nothing to run: every result is in the store" in ran.out + ran.err

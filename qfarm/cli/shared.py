@@ -1,0 +1,127 @@
+"""Shared: what several commands need: options, exit codes, opening stores, the terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qfarm import cache
+from qfarm.errors import InvalidInput, StoreError, nearest
+
+if TYPE_CHECKING:
+    from qfarm.job import Job
+    from qfarm.margin import Margin
+    from qfarm.plan import Plan
+    from qfarm.store import Store
+
+logger = logging.getLogger(__name__)
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+WATCH_SECONDS = 2.0  # between looks at a store
+MARGIN = click.option(
+    "--margin",
+    metavar="M",
+    help="Loss to be called negligible, e.g. 'perplexity=1%,accuracy=1 point'; default: the job's.",
+)
+DATA = click.option("--data", metavar="DIR", help="Folder of a data pack (index pack.yaml); default: QFARM_DATA.")
+
+
+class Group(click.Group):
+    """A group that names its commands when it is given another."""
+
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = arguments[0]
+        if self.get_command(context, name) is None:
+            raise InvalidInput(f'unknown command "{name}"{nearest(name, self.list_commands(context))}')
+        return super().resolve_command(context, arguments)
+
+
+def read_job(path: str) -> Job:
+    from qfarm.job import load_job
+
+    return load_job(path)
+
+
+def plan_of(job: Job, store: Store | None, data: str | None, *, provisional: bool) -> Plan:
+    from qfarm.environment import data_folder
+    from qfarm.plan import make_plan
+
+    return make_plan(job, store, data_folder(data), allow_provisional=provisional)
+
+
+def store_location(job: Job) -> str:
+    given = job.file.store
+    return given if "://" in given else str(Path(given).expanduser().resolve())
+
+
+def is_store(location: str) -> bool:
+    from qfarm.store import FORMAT_FILE
+
+    return "://" in location or (Path(location) / FORMAT_FILE).exists()
+
+
+def open_store(location: str, *, create: bool = False) -> Store:
+    from qfarm.store import Store
+
+    return Store.open(location, create=create)
+
+
+def remember(location: str) -> None:
+    def write(part: Path) -> None:
+        part.write_text(location)
+
+    try:
+        cache.publish_file("state", "last-store", write)
+    except OSError as error:  # a convenience: `qfarm report` has to be told the store
+        logger.warning("%s: this store cannot be remembered: %s", cache.root(), error.strerror)
+
+
+def last_store() -> str:
+    path = cache.find_file("state", "last-store")
+    if path is None:
+        raise StoreError("no store named and none remembered: give its folder, e.g. qfarm report results/quickstart")
+    return path.read_text()
+
+
+def margins_of(text: str | None) -> Mapping[str, Margin]:
+    from qfarm.margin import read_option
+
+    return read_option(text) if text else {}
+
+
+def print_report(
+    store: Store, style: Any, filters: dict[str, str | None], margins: Mapping[str, Margin] | None = None
+) -> None:
+    from qfarm.report.render import render
+    from qfarm.report.tables import load
+
+    text = render(load(store, margins), style, width=width(), color=color(), **filters)
+    click.echo(text, nl=False)
+
+
+def require_terminal() -> None:
+    if not sys.stdout.isatty():
+        raise InvalidInput("--watch needs a terminal")
+
+
+def cpu_only_if_asked(job: Job) -> None:
+    # Before torch is imported: a job without GPUs must not take one because it happens to run in this process.
+    if job.file.resources.gpus == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def width() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def color() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ

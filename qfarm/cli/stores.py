@@ -1,0 +1,79 @@
+"""Stores: `pack`, `store merge`, `store check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qfarm.cli.shared import FAILED, Group, last_store, open_store
+
+
+@click.command("pack")
+@click.argument("store")
+@click.argument("out", type=click.Path())
+def pack_command(store: str, out: str) -> None:
+    """Write STORE to one file, OUT, that another person can verify, read and merge.
+
+    \b
+    Examples:
+      qfarm pack results/quickstart quickstart.qfarm
+      qfarm store check quickstart.qfarm
+      qfarm report quickstart.qfarm
+      qfarm store merge results/all quickstart.qfarm
+    """
+    from qfarm.pack import pack
+
+    found = pack(open_store(store), Path(out))
+    click.echo(f"{out}: {found.results:,} publications, {found.bytes:,} bytes, sha256 {found.sha256}")
+
+
+@click.group("store", cls=Group)
+def store_group() -> None:
+    """Look after a results store.
+
+    \b
+    Example:
+      qfarm store check results/quickstart
+    """
+
+
+@store_group.command("merge")
+@click.argument("into", metavar="STORE")
+@click.argument("others", metavar="OTHER...", nargs=-1, required=True)
+def store_merge(into: str, others: tuple[str, ...]) -> None:
+    """Add to STORE what OTHER stores or packs hold and it lacks; STORE is made where there is none.
+
+    Every part is compared with its hash first. What both hold stays as it is in STORE.
+
+    \b
+    Example:
+      qfarm store merge results/all results/monday from-a-colleague.qfarm
+    """
+    from qfarm.pack import merge
+
+    opened = [open_store(other) for other in others]
+    found = merge(open_store(into, create=True), opened)
+    click.echo(f"{into}: {found.added:,} publications added, {found.same:,} were there with the same contents")
+    if found.other:
+        click.echo(f"{found.other:,} were there with other contents and stay: `qfarm diff` tells what differs")
+
+
+@store_group.command("check")
+@click.argument("store", required=False)
+def store_check(store: str | None) -> None:
+    """Verify every file of STORE against its manifests; exit code 1 when something is wrong.
+
+    STORE may be a pack. Files that a killed writer left behind are listed, but no reader sees them: the store is sound
+    all the same.
+
+    \b
+    Example:
+      qfarm store check results/quickstart
+    """
+    faults, leftovers = open_store(store or last_store()).check()
+    for line in (*faults, *leftovers):
+        click.echo(line)
+    left = f"; {len(leftovers)} leftover files, which do no harm" if leftovers else ""
+    click.echo((f"{len(faults)} faults" if faults else "the store is sound") + left)
+    raise click.exceptions.Exit(FAILED if faults else 0)
