@@ -384,7 +384,7 @@ def test_report_against(results: str, capsys: pytest.CaptureFixture[str], monkey
     ("arguments", "message"),
     [
         (("--against", "kv"), 'error: no published figures called "kv"'),
-        (("--against", "kivi", "--margin", "perplexity=1%"), "error: --margin judges against the baseline"),
+        (("--against", "kivi", "--margin", "perplexity=1%"), "error: --margin judges or places what was measured"),
         (("--against", "kivi", "--method", "nothing"), 'error: no measured row matches recipe "nothing"'),
     ],
 )
