@@ -40,7 +40,7 @@ from qfarm.models.architecture import linear_shapes
 from qfarm.models.load import LoadedModel
 from qfarm.quantized import LowRank
 from qfarm.quantizer import Grid
-from qfarm.recipe import STRICT, ActivationMethod, Transform, WeightSolver
+from qfarm.recipe import STRICT, ActivationMethod, Recipe, Transform, WeightSolver
 from qfarm.scheme import UNTOUCHED, Scheme
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -74,6 +74,13 @@ class SVDQuant(Transform, WeightSolver, ActivationMethod):
     def refusal(self, group_size: int, symmetric: bool) -> str | None:
         if self.activation_group not in (None, -1) and int(self.activation_group or 0) < 2:
             return f"activation_group is -1 or at least 2, not {self.activation_group}"
+        return None
+
+    def recipe_refusal(self, recipe: Recipe) -> str | None:
+        if recipe.wrappers:
+            return (
+                f"{self.name} has a low-rank branch already; raise its rank instead of adding {recipe.wrappers[0].name}"
+            )
         return None
 
     def model_refusal(self, config: Mapping[str, Any]) -> str | None:

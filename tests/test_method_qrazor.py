@@ -425,7 +425,8 @@ def test_chains() -> None:
     assert recipe.name == "gptq+qrazor" and recipe.solver == GPTQ()
     assert isinstance(recipe.grid(Grid(bits=4, group_size=16)), RazorGrid)
     alone = parse_recipe("smoothquant+qrazor")
-    assert alone.solver == QRazor() and type(alone.grid(Grid(bits=4))) is Grid
+    own = QRazor().provide(Grid(bits=4))
+    assert alone.solver == QRazor() and alone.grid(Grid(bits=4)) == own == QRazor().provide(own)
     with pytest.raises(InvalidInput, match=r"awq has a grid of its own and takes none from qrazor"):
         parse_recipe("awq+qrazor")
 

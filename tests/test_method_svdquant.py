@@ -242,3 +242,11 @@ def test_the_worker_runs_it(tmp_path: Path, tiny: Path) -> None:
     bits = {(layer["layer"], layer["role"]): layer["stored_bytes"] for layer in layers}
     assert bits[0, "k"] == 32 * 64 // 2 + 32 * 2 * 2 + 32 * 8 * 2
     assert bits[0, "q"] == 64 * 64 // 2 + 64 * 2 * 2 + 64 * 8 * 2 + 8 * 64 * 2 + 64 * 2
+
+
+def test_a_second_branch_is_refused() -> None:
+    found = matrix(changed(methods="[svdquant+qera, svdquant]", bits="[w4a4]", group_sizes="[64]"))
+    assert [invalid.rule for invalid in found.invalid] == [
+        "svdquant: it keeps a low-rank branch itself; raise its rank instead of adding qera"
+    ]
+    assert "svdquant w4a4 g64" in labels(found)
