@@ -16,6 +16,7 @@ from qfarm.errors import Failure, ModelError, NonFinite, classify
 from qfarm.layers.sites import Prefill
 from qfarm.layers.turn import Turn
 from qfarm.models.architecture import Architecture, absorbs_scale, architecture_of
+from qfarm.models.past import cache_keyword, returned_cache
 from qfarm.models.reference import ModelFacts, first_line, unreachable
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -99,10 +100,10 @@ class LoadedModel:
         """Final hidden states [batch, length, hidden] of token ids [batch, length]; the head is not applied."""
         if self.chunk is None:
             return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
-        states, past = [], None
+        states, past, keyword = [], None, cache_keyword(self.model.base_model)
         for part in torch.split(ids, self.chunk, dim=1):
-            out = self.model.base_model(input_ids=part, past_key_values=past, use_cache=True)
-            past = out.past_key_values
+            out = self.model.base_model(input_ids=part, use_cache=True, **{keyword: past})
+            past = returned_cache(out)
             states.append(out.last_hidden_state)
         return torch.cat(states, dim=1)
 
