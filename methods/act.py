@@ -18,7 +18,8 @@ measurement, not a deployment. Static ranges without clipping are the extremes o
 they come from its sample of ordinary tokens (up to 512, norms up to 4 times the median), so that massive tokens do not
 decide what is clipped. What lies beyond a static range is clipped; a channel that was always zero stays zero.
 
-Stored: nothing for dynamic ranges; static: one scale (and zero point) per layer or per channel. Arithmetic is float32,
+Stored: nothing for dynamic ranges; static: one float32 scale (and a zero point, of a byte up to 8 bits) per tensor or
+channel, once for layers that read the same input. Arithmetic is float32,
 rounding half to even, tokens of zeros stay zeros, NaN stays NaN.
 
 Differences from qllm-infer, whose quantizer this follows: the symmetric range is restricted, so that both ends are
@@ -128,15 +129,21 @@ class ActGrid:
         low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
         return self._search(values, low, high) if self.clip == "mse" else (low, high)
 
-    def round_trip(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Quantize and dequantize; low and high broadcast against values."""
+    def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale, and zero point unless symmetric, of ranges."""
         if self.symmetric:
-            top = 2.0 ** (self.bits - 1) - 1
-            scale = (torch.maximum(-low, high) / top).clamp(min=TINY)
-            return (values / scale).round_().clamp_(-top, top).mul_(scale)
+            return (torch.maximum(-low, high) / (2.0 ** (self.bits - 1) - 1)).clamp(min=TINY), None
         low, high, top = low.clamp(max=0), high.clamp(min=0), 2.0**self.bits - 1
         scale = ((high - low) / top).clamp(min=TINY)
-        zero = torch.round(-low / scale).clamp(0, top)
+        return scale, torch.round(-low / scale).clamp(0, top)
+
+    def round_trip(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Quantize and dequantize; low and high broadcast against values."""
+        scale, zero = self.parameters(low, high)
+        if zero is None:
+            top = 2.0 ** (self.bits - 1) - 1
+            return (values / scale).round_().clamp_(-top, top).mul_(scale)
+        top = 2.0**self.bits - 1
         return (values / scale).round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale)
 
     def _percentile(self, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,6 +197,10 @@ class Static:
     grid: ActGrid
     low: Tensor
     high: Tensor
+
+    def stored(self) -> tuple[Tensor, ...]:
+        scale, zero = self.grid.parameters(self.low, self.high)
+        return (scale,) if zero is None else (scale, zero.to(torch.uint8 if self.grid.bits <= 8 else torch.int16))
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.grid.round_trip(x.float(), self.low.to(x.device), self.high.to(x.device)).to(x.dtype)

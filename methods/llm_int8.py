@@ -175,6 +175,7 @@ class KeptWeight:
     )
     bits: int = 8
     group_size: int = -1
+    payload_bits = 16.0
 
     @property
     def shape(self) -> tuple[int, int]:

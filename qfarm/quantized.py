@@ -45,6 +45,13 @@ class QuantizedWeight(Protocol):
         ...
 
 
+def payload_bits(quantized: QuantizedWeight) -> float:
+    """Bits per weight without scales and zeros: `bits`, unless the weight has `payload_bits` of its own."""
+    if isinstance(quantized, _OnTop):
+        return payload_bits(quantized.base)
+    return float(getattr(quantized, "payload_bits", quantized.bits))
+
+
 @dataclasses.dataclass(kw_only=True)
 class UniformWeight:
     """Codes on a uniform grid.

@@ -167,6 +167,11 @@ class LoadedModel:
         total: int = sum(kept)
         return self.stored_beside + total
 
+    def store_beside(self, size: int) -> None:
+        """Count bytes that a transform needs beside the parameters, until the model is restored."""
+        self.on_restore(functools.partial(setattr, self, "stored_beside", self.stored_beside))
+        self.stored_beside += size
+
     def parameter_count(self) -> int:
         """Parameters of the model as it was loaded; a head that was given weights of its own counts once."""
         return self._parameters
