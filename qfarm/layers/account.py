@@ -30,6 +30,11 @@ class Calibrated(Protocol):
     def stored(self) -> tuple[Tensor, ...]: ...
 
 
+def kept_tensors(quantize: object) -> tuple[Tensor, ...] | None:
+    """What calibration fixed for a quantizer; None where its grid is found anew at each call."""
+    return quantize.stored() if isinstance(quantize, Calibrated) else None
+
+
 def effective_bits(quantize: Quantizer | None, bits: int) -> float:
     """Bits per number, the scheme's where the quantizer says nothing; None leaves numbers at 16 bits."""
     if quantize is None:
@@ -58,7 +63,7 @@ def cached_bits(loaded: LoadedModel, placed: Mapping[Place, Quantizer], bits: in
     for block in range(len(loaded.blocks)):
         for sites in (("k", "k_pre_rope"), ("v",)):
             found = next((placed[place] for site in sites if (place := Place(site, block)) in placed), None)
-            if found is not None and not isinstance(found, Calibrated):
+            if found is not None and kept_tensors(found) is None:
                 return None
             total += effective_bits(found, bits)
     return total / (2 * len(loaded.blocks))
@@ -68,9 +73,8 @@ def stored_bytes(placed: Mapping[Place, Quantizer]) -> int:
     """Bytes of what calibrated quantizers keep; tensors that are equal within a block are one, as of a shared input."""
     kept: dict[tuple[int, str, bytes], int] = {}
     for place, quantize in placed.items():
-        if isinstance(quantize, Calibrated):
-            for tensor in quantize.stored():
-                own = tensor.detach().cpu().contiguous()
-                key = (place.layer, str(own.dtype), own.numpy().tobytes())
-                kept[key] = own.numel() * own.element_size()
+        for tensor in kept_tensors(quantize) or ():
+            own = tensor.detach().cpu().contiguous()
+            key = (place.layer, str(own.dtype), own.numpy().tobytes())
+            kept[key] = own.numel() * own.element_size()
     return sum(kept.values())

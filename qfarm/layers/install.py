@@ -21,6 +21,8 @@ from qfarm.layers.linear import (
     head_rows,
     quantize_input,
     transform_output,
+    with_factor,
+    with_factors,
 )
 from qfarm.layers.rtn import Quantizer, rtn_quantizer
 from qfarm.layers.sites import TENSORS, Observed, Place
@@ -55,6 +57,7 @@ def install_sites(
     if not wanted:
         return Installed(causal=None, kv_bits=None)
     methods = {site: _claimant(recipe, site) for site in wanted}
+    observed = with_factors(loaded, observed)
     notes: list[str] = []
     reports: list[Callable[[], list[str]]] = []
     placed: dict[Place, Quantizer] = {}
@@ -152,6 +155,7 @@ def _install_block(loaded: LoadedModel, block: int, found: dict[Place, Quantizer
         here = {role: found[place] for role in roles if (place := Place("linear_in", block, role)) in found}
         if by_head and "o" in here:
             here["o"] = head_rows(here["o"], loaded.head_dim)
+        here = {role: with_factor(loaded, block, role, quantize) for role, quantize in here.items()}
         for role, quantize in _once(loaded, block, here, across).items():
             quantize_input(loaded, block, role, quantize)
     for place, quantize in found.items():

@@ -11,7 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from qfarm.layers.account import Calibrated
+from qfarm.layers.account import kept_tensors
 from qfarm.layers.rtn import TINY, Quantizer
 
 
@@ -70,7 +70,7 @@ class KernelRemoved:
     effective_bits = 16.0
 
     def stored(self) -> tuple[Tensor, ...]:
-        return self.quantize.stored() if isinstance(self.quantize, Calibrated) else ()
+        return kept_tensors(self.quantize) or ()
 
     def __call__(self, x: Tensor) -> Tensor:
         return x.masked_fill(self.quantize(x) == 0, 0.0)

@@ -34,6 +34,9 @@ class LoadedModel:
         self.divided: dict[tuple[int, tuple[str, ...]], Tensor] = {}
         # How keys are turned where they are quantized, by block: a rotation that the weights cannot carry.
         self.turns: dict[int, Turn] = {}
+        # What inputs of linear layers are multiplied by before they are quantized, by block and role; the weights are
+        # made for inputs as they are.
+        self.input_factors: dict[tuple[int, str], Tensor] = {}
         self.stored_beside = 0  # bytes that a transform needs beside the parameters
         self._parameters: int = sum(p.numel() for p in model.parameters())
         self._undo: list[Callable[[], object]] = []
