@@ -1,10 +1,16 @@
-"""Act: uniform rounding of linear inputs with a choice of granularity, of when ranges are known, and of clipping.
+"""Act: uniform rounding of activations with a choice of granularity, of when ranges are known, and of clipping.
 
     range      low, high of a token, of a block of it, of the whole tensor, or of a channel; dynamic: of each sequence
                at hand, static: of calibration text
     symmetric  s = max(-low, high) / (2^(b-1) - 1)     x_hat = s clamp(round(x / s), +-(2^(b-1) - 1))
     asymmetric low = min(low, 0), high = max(high, 0)  s = (high - low) / (2^b - 1)   z = round(-low / s)
                x_hat = s (clamp(round(x / s) + z, 0, 2^b - 1) - z)
+
+Linear inputs are what is meant. `sites` gives queries, keys, values and probabilities formats of their own (`sites: {k:
+{pre_rope: true}, v: {granularity: channel}, probs: {}}`), all dynamic; their widths are the scheme's (`q8`, `kv4`,
+`p8`). Sites that are not named are rounded to nearest by the scheme, except that keys and values are one site: of
+these, what is not named stays at 16 bits. Keys and values are rounded when they are written, to a cache that simulates,
+so that ranges of a tensor or a channel are those of the tokens written together.
 
 Clipping: `percentile` p takes the smallest value with p % of all values at or below it (nearest rank; of |x| for
 symmetric grids, of x and -x for asymmetric ones); `mse` shrinks the range to 1, 0.99, .. 0.21 of itself and keeps what
@@ -39,6 +45,7 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
+from typing_extensions import TypedDict  # which pydantic wants before Python 3.12
 
 from qfarm.inputs import InputStatistics, Statistic
 from qfarm.layers.rtn import TINY, Quantizer
@@ -48,10 +55,24 @@ from qfarm.quantizer import SEARCH_GRID, SEARCH_NORM, SEARCH_STEPS
 from qfarm.recipe import STRICT, ActivationMethod
 
 USUAL_PERCENTILE = 99.9
+SiteName = Literal["q", "k", "v", "probs"]
+
+
+class Format(TypedDict, total=False):
+    """How the tensor of one site in attention is rounded; what is left out is as for linear inputs."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    granularity: Literal["token", "tensor", "channel"]  # default token: of a head, for probabilities a query of a head
+    group_size: int  # of token: consecutive channels of a head
+    clip: Literal["none", "percentile", "mse"]
+    percentile: float
+    symmetric: bool  # default true for queries, else false; of probabilities, from zero up
+    pre_rope: bool  # keys only: before the rotary embedding instead of after it
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Act(ActivationMethod):
+    later = frozenset({"sites"})
     version = 2  # 2: dynamic ranges of a tensor or a channel are those of a sequence, not of a batch
     source = "github.com/aiha-lab/qllm-infer (its Quantizer, after github.com/IST-DASLab/gptq)"
 
@@ -61,10 +82,20 @@ class Act(ActivationMethod):
     clip: Literal["none", "percentile", "mse"] = Field("none", description="how ranges are narrowed")
     percentile: float | None = Field(None, gt=50, le=100, description="of clip: percentile; default 99.9")
     symmetric: bool = Field(True, description="grid around zero; false: from the smallest to the largest value")
+    sites: dict[SiteName, Format] = Field(
+        default_factory=dict, description="formats of q, k, v and probs, which it then quantizes too, always dynamic"
+    )
+
+    def __post_init__(self) -> None:
+        schemes = {"k": "kv_cache", "v": "kv_cache"}
+        if self.sites:
+            object.__setattr__(self, "claims", self.claims | {schemes.get(site, site) for site in self.sites})
+            object.__setattr__(self, "optional", frozenset({"linear_in"}))
 
     @property
     def causal(self) -> bool:
-        return self.mode == "static" or self.granularity == "token"
+        by_token = all(form.get("granularity", "token") == "token" for form in self.sites.values())
+        return by_token and (self.mode == "static" or self.granularity == "token")
 
     def statistics(self) -> frozenset[Statistic]:
         if self.mode == "dynamic":
@@ -74,15 +105,28 @@ class Act(ActivationMethod):
     def refusal(self, group_size: int, symmetric: bool) -> str | None:
         if self.mode == "static" and self.granularity == "token":
             return "static ranges are of a tensor or a channel; use granularity: tensor or channel, or mode: dynamic"
-        if self.percentile is not None and self.clip != "percentile":
-            return "percentile needs clip: percentile"
-        if self.group_size == -1:
-            return None
-        if self.group_size < 2:
-            return f"group_size is -1 or at least 2, not {self.group_size}"
-        return None if self.granularity == "token" else "group_size needs granularity: token"
+        rule = _broken_rule(self.granularity, self.group_size, self.clip, self.percentile)
+        return rule or next((found for site in self.sites if (found := self._site_refusal(site))), None)
+
+    def _site_refusal(self, site: SiteName) -> str | None:
+        form = self.sites[site]
+        granularity, percentile = form.get("granularity", "token"), form.get("percentile")
+        rule = _broken_rule(granularity, form.get("group_size", -1), form.get("clip", "none"), percentile)
+        if percentile is not None and not 50 < percentile <= 100:
+            rule = f"percentile is above 50 and at most 100, not {percentile:g}"
+        if "pre_rope" in form and site != "k":
+            rule = "pre_rope is of keys"
+        if form.get("pre_rope") and granularity == "channel":
+            rule = "pre_rope goes with granularity: token or tensor"
+        if site == "probs" and "group_size" in form:
+            rule = "probabilities have no groups, since a row grows with the text"
+        return rule and f"sites: {site}: {rule}"
 
     def model_refusal(self, config: Mapping[str, Any]) -> str | None:
+        width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        for site, form in self.sites.items():
+            if width % form.get("group_size", 1):
+                return f"sites: {site}: group_size: {form['group_size']} does not divide the {width} numbers of a head"
         if self.group_size == -1:
             return None
         for role, (_, columns) in linear_shapes(config, "model").items():
@@ -90,12 +134,26 @@ class Act(ActivationMethod):
                 return f"group_size: {self.group_size} does not divide the {columns} inputs of {role}"
         return None
 
-    def quantizer(self, place: Place, bits: int, observed: Observed) -> Quantizer:
+    def quantizer(self, place: Place, bits: int, observed: Observed) -> Quantizer | None:
+        if place.site != "linear_in":
+            return self._in_attention(place.site, bits)
         grid = ActGrid(bits=bits, symmetric=self.symmetric, clip=self.clip, percentile=self.percentile)
         if self.mode == "dynamic":
             return Dynamic(grid=grid, granularity=self.granularity, group_size=self.group_size)
         low, high = self._calibrated(grid, observed[place])
         return Static(grid=grid, low=low, high=high)
+
+    def _in_attention(self, tensor: str, bits: int) -> Quantizer | None:
+        form = self.sites.get("k" if tensor == "k_pre_rope" else tensor)  # type: ignore[arg-type]
+        if form is None or (tensor in ("k", "k_pre_rope") and form.get("pre_rope", False) != (tensor == "k_pre_rope")):
+            return None
+        grid = ActGrid(
+            bits=bits,
+            symmetric=form.get("symmetric", tensor == "q"),
+            clip=form.get("clip", "none"),
+            percentile=form.get("percentile"),
+        )
+        return Dynamic(grid=grid, granularity=form.get("granularity", "token"), group_size=form.get("group_size", -1))
 
     def _calibrated(self, grid: ActGrid, inputs: InputStatistics) -> tuple[Tensor, Tensor]:
         """Ends of the range, [1] or [features]."""
@@ -111,6 +169,16 @@ class Act(ActivationMethod):
 
 
 METHOD = Act
+
+
+def _broken_rule(granularity: str, group_size: int, clip: str, percentile: float | None) -> str | None:
+    if percentile is not None and clip != "percentile":
+        return "percentile needs clip: percentile"
+    if group_size == -1:
+        return None
+    if group_size < 2:
+        return f"group_size is -1 or at least 2, not {group_size}"
+    return None if granularity == "token" else "group_size needs granularity: token"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,7 +236,10 @@ class ActGrid:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dynamic:
-    """Ranges of the tensor at hand; x [sequences, tokens, features], or [tokens, features] of one sequence."""
+    """Ranges of the tensor at hand; x [sequences, tokens, features], or [tokens, features] of one sequence.
+
+    In attention [sequences, heads, tokens, channels]: a token or a channel is one of a head.
+    """
 
     grid: ActGrid
     granularity: Literal["token", "tensor", "channel"]

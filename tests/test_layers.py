@@ -22,10 +22,11 @@ from qfarm.layers.attention import NAME, SETTINGS, add_to_sites, attention
 from qfarm.layers.cache import QuantizedLayer, RTNLayer, SimulatedLayer, extend
 from qfarm.layers.inject import install_cache, stored_bits
 from qfarm.layers.install import install_sites
+from qfarm.layers.kernel import PerTensor
 from qfarm.layers.linear import Branch, QuantLinear, ReadBySeveral, quantize_input, transform_input
 from qfarm.layers.observe import observe
 from qfarm.layers.rope import rotate, unrotate
-from qfarm.layers.rtn import Quantizer, Symmetric
+from qfarm.layers.rtn import Asymmetric, Quantizer, Symmetric
 from qfarm.layers.sites import Observed, Place
 from qfarm.models import past
 from qfarm.models.load import LoadedModel
@@ -142,6 +143,26 @@ def test_queries_and_probabilities_are_quantized_where_they_are_used() -> None:
     expected = quantize_p((quantize_q(q) @ k.transpose(2, 3) * 0.3 + mask).softmax(-1))
     torch.testing.assert_close(probs, expected)
     torch.testing.assert_close(out, (expected @ v).transpose(1, 2))
+
+
+@pytest.mark.parametrize("quantize", [Symmetric(bits=3), Asymmetric(bits=3), PerTensor(bits=3)])
+def test_keys_and_values_are_the_same_before_and_after_heads_are_repeated(quantize: Quantizer) -> None:
+    draw = torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 6, 8, generator=draw) for heads in (4, 2, 2))
+    mask = torch.full((6, 6), float("-inf")).triu(1)[None, None]
+
+    def whole(x: Tensor) -> Tensor:
+        """PerTensor has a scale for each sequence of [batch, tokens, features]."""
+        return quantize(x.flatten(1, 2)).reshape(x.shape) if isinstance(quantize, PerTensor) else quantize(x)
+
+    module = torch.nn.Module()
+    setattr(module, SETTINGS, attention_module.AttentionSites(k=whole, v=whole))
+    grouped, _ = attention(module, q, k, v, mask)
+    repeated, _ = attention(module, q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), mask)
+    assert torch.equal(whole(k).repeat_interleave(2, 1), whole(k.repeat_interleave(2, 1)))
+    torch.testing.assert_close(grouped, repeated, rtol=0, atol=1e-6)  # products of other shapes, hence last bits
+    plain, _ = (setattr(module, SETTINGS, attention_module.AttentionSites()), attention(module, q, k, v, mask))[1]
+    assert (grouped - plain).abs().max() > 0.05
 
 
 # -- cache ------------------------------------------------------------------------------------------------------------

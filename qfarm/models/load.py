@@ -34,6 +34,8 @@ class LoadedModel:
         self.divided: dict[tuple[int, tuple[str, ...]], Tensor] = {}
         # How keys are turned where they are quantized, by block: a rotation that the weights cannot carry.
         self.turns: dict[int, Turn] = {}
+        # What a transform decided for the inputs of groups of layers, for its own quantizers.
+        self.decided: dict[tuple[int, tuple[str, ...]], str] = {}
         # What inputs of linear layers are multiplied by before they are quantized, by block and role; the weights are
         # made for inputs as they are.
         self.input_factors: dict[tuple[int, str], Tensor] = {}
