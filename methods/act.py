@@ -144,7 +144,7 @@ class Act(ActivationMethod):
         return Static(grid=grid, low=low, high=high)
 
     def _in_attention(self, tensor: str, bits: int) -> Quantizer | None:
-        form = self.sites.get("k" if tensor == "k_pre_rope" else tensor)  # type: ignore[arg-type]
+        form = next((f for site, f in self.sites.items() if site == ("k" if tensor == "k_pre_rope" else tensor)), None)
         if form is None or (tensor in ("k", "k_pre_rope") and form.get("pre_rope", False) != (tensor == "k_pre_rope")):
             return None
         grid = ActGrid(
