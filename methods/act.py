@@ -1,10 +1,16 @@
-"""Act: uniform rounding of linear inputs with a choice of granularity, of when ranges are known, and of clipping.
+"""Act: uniform rounding of activations with a choice of granularity, of when ranges are known, and of clipping.
 
     range      low, high of a token, of a block of it, of the whole tensor, or of a channel; dynamic: of each sequence
                at hand, static: of calibration text
     symmetric  s = max(-low, high) / (2^(b-1) - 1)     x_hat = s clamp(round(x / s), +-(2^(b-1) - 1))
     asymmetric low = min(low, 0), high = max(high, 0)  s = (high - low) / (2^b - 1)   z = round(-low / s)
                x_hat = s (clamp(round(x / s) + z, 0, 2^b - 1) - z)
+
+Linear inputs are what is meant. `sites` gives queries, keys, values and probabilities formats of their own (`sites: {k:
+{pre_rope: true}, v: {granularity: channel}, probs: {}}`), all dynamic; their widths are the scheme's (`q8`, `kv4`,
+`p8`). Sites that are not named are rounded to nearest by the scheme, except that keys and values are one site: of
+these, what is not named stays at 16 bits. Keys and values are rounded when they are written, to a cache that simulates,
+so that ranges of a tensor or a channel are those of the tokens written together.
 
 Clipping: `percentile` p takes the smallest value with p % of all values at or below it (nearest rank; of |x| for
 symmetric grids, of x and -x for asymmetric ones); `mse` shrinks the range to 1, 0.99, .. 0.21 of itself and keeps what
@@ -18,7 +24,8 @@ measurement, not a deployment. Static ranges without clipping are the extremes o
 they come from its sample of ordinary tokens (up to 512, norms up to 4 times the median), so that massive tokens do not
 decide what is clipped. What lies beyond a static range is clipped; a channel that was always zero stays zero.
 
-Stored: nothing for dynamic ranges; static: one scale (and zero point) per layer or per channel. Arithmetic is float32,
+Stored: nothing for dynamic ranges; static: one float32 scale (and a zero point, of a byte up to 8 bits) per tensor or
+channel, once for layers that read the same input. Arithmetic is float32,
 rounding half to even, tokens of zeros stay zeros, NaN stays NaN.
 
 Differences from qllm-infer, whose quantizer this follows: the symmetric range is restricted, so that both ends are
@@ -38,6 +45,7 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
+from typing_extensions import TypedDict  # which pydantic wants before Python 3.12
 
 from qfarm.inputs import InputStatistics, Statistic
 from qfarm.layers.rtn import TINY, Quantizer
@@ -47,10 +55,24 @@ from qfarm.quantizer import SEARCH_GRID, SEARCH_NORM, SEARCH_STEPS
 from qfarm.recipe import STRICT, ActivationMethod
 
 USUAL_PERCENTILE = 99.9
+SiteName = Literal["q", "k", "v", "probs"]
+
+
+class Format(TypedDict, total=False):
+    """How the tensor of one site in attention is rounded; what is left out is as for linear inputs."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    granularity: Literal["token", "tensor", "channel"]  # default token: of a head, for probabilities a query of a head
+    group_size: int  # of token: consecutive channels of a head
+    clip: Literal["none", "percentile", "mse"]
+    percentile: float
+    symmetric: bool  # default true for queries, else false; of probabilities, from zero up
+    pre_rope: bool  # keys only: before the rotary embedding instead of after it
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Act(ActivationMethod):
+    later = frozenset({"sites"})
     version = 2  # 2: dynamic ranges of a tensor or a channel are those of a sequence, not of a batch
     source = "github.com/aiha-lab/qllm-infer (its Quantizer, after github.com/IST-DASLab/gptq)"
 
@@ -60,10 +82,20 @@ class Act(ActivationMethod):
     clip: Literal["none", "percentile", "mse"] = Field("none", description="how ranges are narrowed")
     percentile: float | None = Field(None, gt=50, le=100, description="of clip: percentile; default 99.9")
     symmetric: bool = Field(True, description="grid around zero; false: from the smallest to the largest value")
+    sites: dict[SiteName, Format] = Field(
+        default_factory=dict, description="formats of q, k, v and probs, which it then quantizes too, always dynamic"
+    )
+
+    def __post_init__(self) -> None:
+        schemes = {"k": "kv_cache", "v": "kv_cache"}
+        if self.sites:
+            object.__setattr__(self, "claims", self.claims | {schemes.get(site, site) for site in self.sites})
+            object.__setattr__(self, "optional", frozenset({"linear_in"}))
 
     @property
     def causal(self) -> bool:
-        return self.mode == "static" or self.granularity == "token"
+        by_token = all(form.get("granularity", "token") == "token" for form in self.sites.values())
+        return by_token and (self.mode == "static" or self.granularity == "token")
 
     def statistics(self) -> frozenset[Statistic]:
         if self.mode == "dynamic":
@@ -73,15 +105,28 @@ class Act(ActivationMethod):
     def refusal(self, group_size: int, symmetric: bool) -> str | None:
         if self.mode == "static" and self.granularity == "token":
             return "static ranges are of a tensor or a channel; use granularity: tensor or channel, or mode: dynamic"
-        if self.percentile is not None and self.clip != "percentile":
-            return "percentile needs clip: percentile"
-        if self.group_size == -1:
-            return None
-        if self.group_size < 2:
-            return f"group_size is -1 or at least 2, not {self.group_size}"
-        return None if self.granularity == "token" else "group_size needs granularity: token"
+        rule = _broken_rule(self.granularity, self.group_size, self.clip, self.percentile)
+        return rule or next((found for site in self.sites if (found := self._site_refusal(site))), None)
+
+    def _site_refusal(self, site: SiteName) -> str | None:
+        form = self.sites[site]
+        granularity, percentile = form.get("granularity", "token"), form.get("percentile")
+        rule = _broken_rule(granularity, form.get("group_size", -1), form.get("clip", "none"), percentile)
+        if percentile is not None and not 50 < percentile <= 100:
+            rule = f"percentile is above 50 and at most 100, not {percentile:g}"
+        if "pre_rope" in form and site != "k":
+            rule = "pre_rope is of keys"
+        if form.get("pre_rope") and granularity == "channel":
+            rule = "pre_rope goes with granularity: token or tensor"
+        if site == "probs" and "group_size" in form:
+            rule = "probabilities have no groups, since a row grows with the text"
+        return rule and f"sites: {site}: {rule}"
 
     def model_refusal(self, config: Mapping[str, Any]) -> str | None:
+        width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        for site, form in self.sites.items():
+            if width % form.get("group_size", 1):
+                return f"sites: {site}: group_size: {form['group_size']} does not divide the {width} numbers of a head"
         if self.group_size == -1:
             return None
         for role, (_, columns) in linear_shapes(config, "model").items():
@@ -89,12 +134,26 @@ class Act(ActivationMethod):
                 return f"group_size: {self.group_size} does not divide the {columns} inputs of {role}"
         return None
 
-    def quantizer(self, place: Place, bits: int, observed: Observed) -> Quantizer:
+    def quantizer(self, place: Place, bits: int, observed: Observed) -> Quantizer | None:
+        if place.site != "linear_in":
+            return self._in_attention(place.site, bits)
         grid = ActGrid(bits=bits, symmetric=self.symmetric, clip=self.clip, percentile=self.percentile)
         if self.mode == "dynamic":
             return Dynamic(grid=grid, granularity=self.granularity, group_size=self.group_size)
         low, high = self._calibrated(grid, observed[place])
         return Static(grid=grid, low=low, high=high)
+
+    def _in_attention(self, tensor: str, bits: int) -> Quantizer | None:
+        form = next((f for site, f in self.sites.items() if site == ("k" if tensor == "k_pre_rope" else tensor)), None)
+        if form is None or (tensor in ("k", "k_pre_rope") and form.get("pre_rope", False) != (tensor == "k_pre_rope")):
+            return None
+        grid = ActGrid(
+            bits=bits,
+            symmetric=form.get("symmetric", tensor == "q"),
+            clip=form.get("clip", "none"),
+            percentile=form.get("percentile"),
+        )
+        return Dynamic(grid=grid, granularity=form.get("granularity", "token"), group_size=form.get("group_size", -1))
 
     def _calibrated(self, grid: ActGrid, inputs: InputStatistics) -> tuple[Tensor, Tensor]:
         """Ends of the range, [1] or [features]."""
@@ -110,6 +169,16 @@ class Act(ActivationMethod):
 
 
 METHOD = Act
+
+
+def _broken_rule(granularity: str, group_size: int, clip: str, percentile: float | None) -> str | None:
+    if percentile is not None and clip != "percentile":
+        return "percentile needs clip: percentile"
+    if group_size == -1:
+        return None
+    if group_size < 2:
+        return f"group_size is -1 or at least 2, not {group_size}"
+    return None if granularity == "token" else "group_size needs granularity: token"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,15 +197,21 @@ class ActGrid:
         low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
         return self._search(values, low, high) if self.clip == "mse" else (low, high)
 
-    def round_trip(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Quantize and dequantize; low and high broadcast against values."""
+    def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale, and zero point unless symmetric, of ranges."""
         if self.symmetric:
-            top = 2.0 ** (self.bits - 1) - 1
-            scale = (torch.maximum(-low, high) / top).clamp(min=TINY)
-            return (values / scale).round_().clamp_(-top, top).mul_(scale)
+            return (torch.maximum(-low, high) / (2.0 ** (self.bits - 1) - 1)).clamp(min=TINY), None
         low, high, top = low.clamp(max=0), high.clamp(min=0), 2.0**self.bits - 1
         scale = ((high - low) / top).clamp(min=TINY)
-        zero = torch.round(-low / scale).clamp(0, top)
+        return scale, torch.round(-low / scale).clamp(0, top)
+
+    def round_trip(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Quantize and dequantize; low and high broadcast against values."""
+        scale, zero = self.parameters(low, high)
+        if zero is None:
+            top = 2.0 ** (self.bits - 1) - 1
+            return (values / scale).round_().clamp_(-top, top).mul_(scale)
+        top = 2.0**self.bits - 1
         return (values / scale).round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale)
 
     def _percentile(self, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +236,10 @@ class ActGrid:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dynamic:
-    """Ranges of the tensor at hand; x [sequences, tokens, features], or [tokens, features] of one sequence."""
+    """Ranges of the tensor at hand; x [sequences, tokens, features], or [tokens, features] of one sequence.
+
+    In attention [sequences, heads, tokens, channels]: a token or a channel is one of a head.
+    """
 
     grid: ActGrid
     granularity: Literal["token", "tensor", "channel"]
@@ -190,6 +268,10 @@ class Static:
     grid: ActGrid
     low: Tensor
     high: Tensor
+
+    def stored(self) -> tuple[Tensor, ...]:
+        scale, zero = self.grid.parameters(self.low, self.high)
+        return (scale,) if zero is None else (scale, zero.to(torch.uint8 if self.grid.bits <= 8 else torch.int16))
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.grid.round_trip(x.float(), self.low.to(x.device), self.high.to(x.device)).to(x.dtype)

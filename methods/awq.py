@@ -23,6 +23,10 @@ relative error of up to 2^-9 (bfloat16) or 2^-12 (float16) per channel, and, whe
 layer (v, up), of its row scales divided by s, of the same size; codes of the producer do not change, since a factor
 per row moves neither its grid nor its best bound.
 
+Where linear inputs are quantized as well (`w4a8`, `awq+crossquant`), their quantizers see what the folded model feeds
+them, x / s, static ranges included. Values in a quantized KV cache are not divided by the s of o, as a folded v would
+have them.
+
 Inputs come from the unquantized model, as in the reference, whatever the job's `statistics`: an AWQ cell is always one
 of independent statistics, and a term on top of it (`awq+qera`) reads the same inputs.
 
@@ -64,6 +68,7 @@ Loss = Callable[[Tensor], float]  # of the weight that would be used, [rows, col
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AWQ(BlockSolver):
     version = 2
+    divides_inputs = True
     source = "Lin et al., MLSys 2024, arXiv 2306.00978; github.com/mit-han-lab/llm-awq; duo scaling: AutoAWQ"
 
     objective: Literal["module", "gram"] = Field(
@@ -163,7 +168,7 @@ class AWQ(BlockSolver):
             base.notes = notes
             return base
         factor = 1 / scale if inputs.foldable else (1 / scale).to(grid.scale_dtype)
-        return ColumnScaled(base=base, factor=factor, folded=inputs.foldable, solver="awq", notes=notes)
+        return ColumnScaled(base=base, factor=factor, folded=inputs.foldable, of_input=True, solver="awq", notes=notes)
 
     def candidates(self, weight: Tensor, inputs: InputStatistics, grid: Grid) -> list[tuple[float | None, Tensor]]:
         """(r, s [columns]) to try. The first is s = 1 and wins ties; with duo_scaling it belongs to no r."""

@@ -30,6 +30,7 @@ Published (LLaMA-7B is inferred, the order of tasks too): MMLU 35.20 at 16 bits,
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,6 +79,8 @@ class FPTQ(Transform, ActivationMethod):
                 if norm is not None and self.v0 < float(largest.max()) < self.v1:
                     self._fold(loaded, block, group, norm, factors(largest))
                 policy = self.policy(float(largest.max()), (block, group) in loaded.divided)
+                loaded.decided[block, group] = policy
+                loaded.on_restore(functools.partial(loaded.decided.pop, (block, group), None))
                 figures.append(f"{float(largest.max()):.3g} {policy}")
             notes.append(f"largest |x| at {', '.join(group)} by layer: {', '.join(figures)}")
         return notes
@@ -100,7 +103,8 @@ class FPTQ(Transform, ActivationMethod):
     def quantizer(self, place: Place, bits: int, observed: Observed) -> Quantizer:
         found = observed[place]
         largest = float(_maxima(found).max())
-        if self.policy(largest, found.divided is not None) == "per token":
+        # Decided once: folding in 16 bits moves maxima, of other layers too, and one may pass a threshold.
+        if (found.decided or self.policy(largest, found.divided is not None)) == "per token":
             return Symmetric(bits=bits)
         return StaticSymmetric(bits=bits, largest=largest)
 

@@ -22,7 +22,8 @@ which the codes are read again: in float32, float16 and bfloat16 that is without
 
 O depends on all tokens of a call: of other sequences of the batch, of padding (a layer knows no masks), and of later
 tokens, so the method says that it is not causal, and results move with the batch size. threshold: 0 takes no column
-out, which is causal. The notes of an attempt say how large O was. Weights are always symmetric, whatever the job's
+out, which is causal. The notes of an attempt say how large O was, by
+role and for each layer. Weights are always symmetric, whatever the job's
 `symmetric`; the head and embeddings stay at 16 bits.
 
 Differences from the library: arithmetic outside the integer product is float32, `half: true` casts where the library
@@ -115,16 +116,26 @@ class LLMInt8(WeightSolver, ActivationMethod):
         return MixedProduct(threshold=self.threshold, mode=self.mode, half=self.half, backend=self.backend)
 
     def report(self, quantizers: Mapping[Place, Quantizer]) -> list[str]:
-        """How many input columns were outliers: mean over calls, for the layers of each role."""
+        """How many input columns were outliers: mean over calls, by role and for each layer."""
         shares: dict[str, list[float]] = {}
-        for place, product in quantizers.items():
+        counts: dict[str, list[str]] = {}
+        for place in sorted(quantizers):
+            product = quantizers[place]
             if isinstance(product, MixedProduct) and product.seen.columns:
                 shares.setdefault(place.role, []).append(product.seen.outliers / product.seen.columns)
+                count = product.seen.outliers / product.seen.calls
+                counts.setdefault(place.role, []).append(f"{place.layer}: {count:.4g}")
         words = [
             f"{role} {_percent(sum(s) / len(s))} (layers {_percent(min(s))}-{_percent(max(s))})"
             for role, s in shares.items()
         ]
-        return [f"llm_int8: input columns kept at 16 bits: {', '.join(words)}"] if words else []
+        if not words:
+            return []
+        listed = "; ".join(f"{role} {', '.join(found)}" for role, found in counts.items())
+        return [
+            f"llm_int8: input columns kept at 16 bits: {', '.join(words)}",
+            f"llm_int8: |O|, mean over calls, by layer: {listed}",
+        ]
 
 
 METHOD = LLMInt8
@@ -175,6 +186,7 @@ class KeptWeight:
     )
     bits: int = 8
     group_size: int = -1
+    payload_bits = 16.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -197,6 +209,7 @@ class KeptWeight:
 class Seen:
     """Input columns that passed through one layer, added up over calls."""
 
+    calls: int = 0
     columns: int = 0
     outliers: int = 0
 
@@ -222,6 +235,7 @@ class MixedProduct:
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         values = self._read(x)  # [tokens, in]
         parts = decompose(values, self.threshold, self.mode)
+        self.seen.calls += 1
         self.seen.columns += x.shape[-1]
         self.seen.outliers += len(parts.outliers)
         run = self._library if self.backend == "bitsandbytes" else self._simulated

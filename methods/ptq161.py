@@ -151,6 +151,12 @@ class PartlyBinary:
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], len(self.salient)
 
+    @property
+    def payload_bits(self) -> float:
+        """Codes and signs."""
+        share = float(self.salient.float().mean())
+        return share * self.salient_bits + (1 - share)
+
     def dequantize(self) -> Tensor:
         values = torch.empty(self.shape, device=self.codes.device)
         values[:, self.salient] = (self.codes.float() - self.zero[:, None]) * self.scale.float()[:, None]

@@ -18,8 +18,10 @@ share a clustering, on their joint ranges. Inputs of q, k, v, gate and up have a
 reference code: its W4A4 is 8 bits there, and the attempt's notes say so. Probabilities are rounded to multiples of
 1 / (2^b - 1). `w4a4kv4q4p8` is its W4A4, `w4kv4` its W4A4KV.
 
-Stored: of activations nothing but two numbers per cluster. The cache is simulated: keys and values are rounded when
-they are written.
+Stored: for each cluster a scale (float32) and a zero point (int16), for each channel the number of its cluster (a byte,
+or two beyond 256 clusters); layers that read one input share them, queries and keys share the map, values and the input
+of o too. Of a number its code alone: n bits for keys and values. The cache is simulated: they are rounded when they are
+written.
 
 Differences from the reference code: channels are not moved. With simulated quantization a cluster's channels need not
 lie side by side, and the result is that of permuting, rounding and permuting back; no norm or weight is changed.
@@ -163,7 +165,22 @@ def cluster_grid(ranges: Tensor, labels: Tensor, bits: int) -> StaticAsymmetric:
     high, low = high.gather(-1, labels), low.gather(-1, labels)
     scale = ((high - low) / 2.0**bits).clamp(SMALLEST, LARGEST)
     zero = torch.round(-(high + low) / (2 * scale)).clamp(-LARGEST, LARGEST)
-    return StaticAsymmetric(bits=bits, scale=scale, zero=zero)
+    # A pair of numbers for each cluster of a row, in the order of their first channels.
+    rows = labels.reshape(-1, labels.shape[-1]).cpu()
+    first = torch.cat([i * rows.shape[1] + _firsts(row) for i, row in enumerate(rows)]).to(scale.device)
+    kept = (scale.reshape(-1)[first], zero.reshape(-1)[first].to(torch.int16), _map(labels, count))
+    return StaticAsymmetric(bits=bits, scale=scale, zero=zero, kept=kept)
+
+
+def _firsts(labels: Tensor) -> Tensor:
+    """The first channel of each cluster, int64 [clusters]."""
+    return torch.from_numpy(np.unique(labels.numpy(), return_index=True)[1])
+
+
+def _map(labels: Tensor, count: int) -> Tensor:
+    """The cluster of each channel as it is stored; rows that share a clustering share the map."""
+    whole = labels if labels.dim() < 3 else labels[:, 0]  # [kv heads, heads of each, head_dim]
+    return whole.to(torch.uint8 if count <= 256 else torch.int16)
 
 
 def _labels(points: Tensor, count: int) -> Tensor:

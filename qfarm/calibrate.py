@@ -9,6 +9,7 @@ original inputs (AWQ) gets them in either mode.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from qfarm.errors import NonFinite
 from qfarm.inputs import InputStatistics
 from qfarm.layers.linear import Branch, as_given, quantize_input
 from qfarm.models.load import LoadedModel
-from qfarm.quantized import QuantizedWeight, apart
+from qfarm.quantized import QuantizedWeight, apart, input_factor, payload_bits
 from qfarm.quantizer import Grid, relative_error
 from qfarm.recipe import BlockSolver, WeightSolver, Wrapper, solves_blocks
 from qfarm.scheme import UNTOUCHED
@@ -43,6 +44,7 @@ class LayerResult:
     weight_error: float | None
     output_error: float | None
     notes: dict[str, Any]
+    payload_bits: float | None = None  # per weight, of codes alone; None: left alone
 
 
 GridOf = Callable[[str], Grid | None]  # role -> grid; None leaves layers of that role at 16 bits
@@ -254,7 +256,12 @@ def _replace(
         weight_error=relative_error(weight, values),
         output_error=inputs.output_error(weight, values) if inputs else None,
         notes=quantized.notes,
+        payload_bits=payload_bits(quantized),
     )
+    factor = input_factor(quantized)
+    if factor is not None:
+        loaded.input_factors[index, role] = factor.float()
+        loaded.on_restore(functools.partial(loaded.input_factors.pop, (index, role), None))
     rest, branch = apart(quantized)
     loaded.replace_weight(linear, rest)
     if branch is not None:

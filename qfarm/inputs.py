@@ -54,6 +54,7 @@ class InputStatistics:
     values: Tensor | None = None  # [windows, length, n], in the model's dtype, in host memory: every x
     sensitivity: Tensor | None = None  # bfloat16, alike: the squared gradient of its window's loss
     divided: Tensor | None = None  # [n]: factors by which a transform has divided these features
+    decided: str = ""  # what a transform decided for these features
     heads: int | None = None  # at sites in attention: how many heads the features are of, side by side
     bits: int = 16  # to which these inputs will be quantized; 16: not
     foldable: bool = False  # a factor per input column can be absorbed by the operator before this layer

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qfarm.errors import InvalidInput, JobError
 from qfarm.job import Block, Calibration, Job, JobFile, Match
-from qfarm.layers.sites import RTN_VERSIONS, RTN_WIDTHS
+from qfarm.layers.sites import INPUT_FACTORS_VERSION, RTN_VERSIONS, RTN_WIDTHS
 from qfarm.scheme import UNTOUCHED, Scheme, parse_scheme
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ class Cell:
     statistics: str | None  # sequential | independent; None where no weights are solved by what their inputs are
     calibration: Mapping[str, Any] | None  # text, source hash, samples, length
     seed: int | None
-    # Sites that no method claims and that are therefore rounded to nearest, with the version of the rule.
+    # Sites that no method claims and that are therefore rounded to nearest, with the version of the rule; also that of
+    # the rule by which a weight solver's factors reach quantized inputs, where they do.
     rounded: Mapping[str, int] = dataclasses.field(default_factory=dict)
     variant: str = ""  # options that are not the defaults, for people: "act_order=true"
 
@@ -260,6 +261,8 @@ def _rounded(recipe: Recipe, scheme: Scheme) -> dict[str, int]:
     found = {site: RTN_VERSIONS[site] for site in sorted(scheme.sites - recipe.claims - {"weight"})}
     if "weight" in scheme.sites and recipe.solver is None:
         found["weight"] = lookup("rtn").version
+    if "linear_in" in scheme.sites and recipe.solver is not None and recipe.solver.divides_inputs:
+        found["input_factors"] = INPUT_FACTORS_VERSION
     return found
 
 

@@ -45,6 +45,20 @@ class QuantizedWeight(Protocol):
         ...
 
 
+def input_factor(quantized: QuantizedWeight) -> Tensor | None:
+    """What the layer's input is multiplied by before its quantizer, [columns]; None: nothing."""
+    if isinstance(quantized, ColumnScaled) and quantized.of_input:
+        return quantized.factor
+    return input_factor(quantized.base) if isinstance(quantized, _OnTop) else None
+
+
+def payload_bits(quantized: QuantizedWeight) -> float:
+    """Bits per weight without scales and zeros: `bits`, unless the weight has `payload_bits` of its own."""
+    if isinstance(quantized, _OnTop):
+        return payload_bits(quantized.base)
+    return float(getattr(quantized, "payload_bits", quantized.bits))
+
+
 @dataclasses.dataclass(kw_only=True)
 class UniformWeight:
     """Codes on a uniform grid.
@@ -148,6 +162,7 @@ class ColumnScaled(_OnTop):
 
     factor: Tensor  # [columns], storage dtype
     folded: bool  # absorbed by the preceding operator: nothing is stored
+    of_input: bool = False  # the input is multiplied by it before it is quantized, where it is
 
     def dequantize(self) -> Tensor:
         return self.base.dequantize() * self.factor.float()

@@ -104,6 +104,11 @@ class RazorQuantizer:
     per_tensor: bool = False
     ties: Ties = "even"
 
+    @property
+    def effective_bits(self) -> float:
+        """Codes and flags."""
+        return float(payload_bits(self.base_bits, self.bits, self.group_size))
+
     def __call__(self, x: Tensor) -> Tensor:
         values = x.float()
         axes = tuple(range(1, x.dim())) if self.per_tensor and x.dim() > 2 else (-1,)
@@ -130,6 +135,11 @@ class RazorWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def payload_bits(self) -> float:
+        """Codes and flags."""
+        return float(payload_bits(self.base_bits, self.bits, self.group_size))
 
     def integers(self) -> Tensor:
         """q_hat, float32 [rows, columns]."""

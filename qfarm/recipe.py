@@ -139,6 +139,7 @@ class WeightSolver(Method):
     stage = Stage.WEIGHTS
     claims = frozenset({"weight"})
     joint: ClassVar[bool] = False  # layers that share an input are solved as one matrix though rows are not independent
+    divides_inputs: ClassVar[bool] = False  # by factors of its own, before they are quantized
     takes_grids: ClassVar[bool] = False  # works on grids of a GridProvider, `qfarm.solver.ColumnGrid`
 
     @property

@@ -50,10 +50,20 @@ class CellRow:
     linear_bits: float = _unit("stored bits per weight of the quantized layers, metadata included")
     model_bits: float = _unit("stored bits per parameter of the whole model")
     linear_bytes: int = _unit("bytes of the quantized layers, packed")
-    model_bytes: int = _unit("bytes of the whole model, quantized layers packed, the rest in the model's dtype")
+    model_bytes: int = _unit(
+        "bytes of the whole model: quantized layers packed, the rest in the model's dtype, what activations store"
+    )
     layers_quantized: int
     layers_skipped: int
     kv_bits: float | None = _unit("stored bits per cached number after 2,048 tokens; None: 16 bits, or simulated", None)
+    payload_bits: float | None = _unit(
+        "bits per weight of the quantized layers, flags of groups included, scales and zeros not; None: unknown", None
+    )
+    activation_bits: float | None = _unit(
+        "bits per number at linear inputs, flags of groups included, scales of a call not; None: not quantized", None
+    )
+    activation_bytes: int | None = _unit("bytes of what calibration fixed for activations; None: unknown", None)
+    kept_share: float | None = _unit("share of all parameters that are left in the model's dtype; None: unknown", None)
     causal: bool | None = _unit("no quantizer beside the weights looks across tokens; None: there is none", None)
     created: str = _unit("UTC, ISO 8601")
 

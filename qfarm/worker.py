@@ -448,7 +448,9 @@ def cell_row(task: Task, session: Session, layers: list[LayerResult], installed:
     done = [layer for layer in layers if layer.solver is not None]
     linear_bytes = sum(layer.stored_bytes for layer in done)
     weights = sum(layer.shape[0] * layer.shape[1] for layer in done)
-    model_bytes = loaded.other_bytes() + sum(layer.stored_bytes for layer in layers)
+    model_bytes = loaded.other_bytes() + sum(layer.stored_bytes for layer in layers) + installed.activation_bytes
+    payload = sum((layer.payload_bits or 0) * layer.shape[0] * layer.shape[1] for layer in done)
+    parameters = loaded.parameter_count()
     element = next(loaded.model.parameters()).element_size()
     return CellRow(
         cell_id=cell.cell_id,
@@ -466,12 +468,16 @@ def cell_row(task: Task, session: Session, layers: list[LayerResult], installed:
         statistics=cell.statistics,
         spec=json.dumps(dataclasses.asdict(cell)),
         linear_bits=8 * linear_bytes / weights if weights else 8.0 * element,
-        model_bits=8 * model_bytes / loaded.parameter_count(),
+        model_bits=8 * model_bytes / parameters,
         linear_bytes=linear_bytes,
         model_bytes=model_bytes,
         layers_quantized=len(done),
         layers_skipped=len(layers) - len(done),
         kv_bits=installed.kv_bits,
+        payload_bits=payload / weights if weights else None,
+        activation_bits=installed.activation_bits,
+        activation_bytes=installed.activation_bytes,
+        kept_share=1 - weights / parameters,
         causal=installed.causal,
         created=utc_now(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from qfarm import cache
 from qfarm.errors import NonFinite
 from qfarm.evaluate import build_evaluator
 from qfarm.evaluate.generation import CONTINUATIONS, Generation, first_difference, greedy
+from qfarm.models.past import given_cache, returned_cache
 from qfarm.worker import Session
 from tests.test_perplexity import make_cell
 
@@ -68,10 +70,11 @@ def test_the_cache_is_the_one_that_the_model_returns(session: Session, monkeypat
     body, given = session.loaded.model.base_model, []
     real = type(body).forward
 
-    def forward(self: Any, *args: Any, past_key_values: Any = None, **options: Any) -> Any:
-        given.append(past_key_values)
-        out = real(self, *args, past_key_values=past_key_values, **options)
-        out.past_key_values.mark = "installed"
+    @functools.wraps(real)
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        given.append(given_cache(options))
+        out = real(self, *args, **options)
+        returned_cache(out).mark = "installed"
         return out
 
     monkeypatch.setattr(type(body), "forward", forward)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,22 +15,28 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 
 from qfarm.errors import InvalidInput, ModelError, QfarmError
+from qfarm.evaluate.generation import greedy
 from qfarm.inputs import Statistic
 from qfarm.layers import attention as attention_module
 from qfarm.layers.attention import NAME, SETTINGS, add_to_sites, attention
 from qfarm.layers.cache import QuantizedLayer, RTNLayer, SimulatedLayer, extend
 from qfarm.layers.inject import install_cache, stored_bits
 from qfarm.layers.install import install_sites
+from qfarm.layers.kernel import PerTensor
 from qfarm.layers.linear import Branch, QuantLinear, ReadBySeveral, quantize_input, transform_input
 from qfarm.layers.observe import observe
 from qfarm.layers.rope import rotate, unrotate
-from qfarm.layers.rtn import Quantizer, Symmetric
+from qfarm.layers.rtn import Asymmetric, Quantizer, Symmetric
 from qfarm.layers.sites import Observed, Place
+from qfarm.models import past
 from qfarm.models.load import LoadedModel
 from qfarm.recipe import ActivationMethod, Recipe
 from qfarm.scheme import parse_scheme
+from qfarm.tasks.model import SessionLM
+from qfarm.worker import Session
 from tests.conftest import TINY, save_tiny
 from tests.test_models import loaded
+from tests.test_perplexity import make_cell
 
 IDS = torch.randint(0, 256, (2, 24), generator=torch.manual_seed(0))
 EVERYTHING = "a8kv4q8p8"
@@ -137,6 +145,26 @@ def test_queries_and_probabilities_are_quantized_where_they_are_used() -> None:
     torch.testing.assert_close(out, (expected @ v).transpose(1, 2))
 
 
+@pytest.mark.parametrize("quantize", [Symmetric(bits=3), Asymmetric(bits=3), PerTensor(bits=3)])
+def test_keys_and_values_are_the_same_before_and_after_heads_are_repeated(quantize: Quantizer) -> None:
+    draw = torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 6, 8, generator=draw) for heads in (4, 2, 2))
+    mask = torch.full((6, 6), float("-inf")).triu(1)[None, None]
+
+    def whole(x: Tensor) -> Tensor:
+        """PerTensor has a scale for each sequence of [batch, tokens, features]."""
+        return quantize(x.flatten(1, 2)).reshape(x.shape) if isinstance(quantize, PerTensor) else quantize(x)
+
+    module = torch.nn.Module()
+    setattr(module, SETTINGS, attention_module.AttentionSites(k=whole, v=whole))
+    grouped, _ = attention(module, q, k, v, mask)
+    repeated, _ = attention(module, q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), mask)
+    assert torch.equal(whole(k).repeat_interleave(2, 1), whole(k.repeat_interleave(2, 1)))
+    torch.testing.assert_close(grouped, repeated, rtol=0, atol=1e-6)  # products of other shapes, hence last bits
+    plain, _ = (setattr(module, SETTINGS, attention_module.AttentionSites()), attention(module, q, k, v, mask))[1]
+    assert (grouped - plain).abs().max() > 0.05
+
+
 # -- cache ------------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +214,65 @@ def test_the_cache_is_used_however_the_model_is_called(model: LoadedModel) -> No
         made.clear()
     with pytest.raises(InvalidInput, match="^a StaticCache was passed to a model whose KV cache is quantized$"):
         logits(model, past_key_values=StaticCache(config=model.model.config, max_cache_len=32))
+
+
+def without_cache(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A hook that keeps the cache from an attention module, as a version with another name for it would."""
+    return args, kwargs | dict.fromkeys(set(past.KEYWORDS) & set(kwargs))
+
+
+def test_a_model_that_does_not_use_the_cache_is_refused_before_anything_is_measured(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(tiny)
+    hook = model.attention(1).register_forward_pre_hook(without_cache, with_kwargs=True)
+    with pytest.raises(ModelError, match="^LlamaModel did not write to the quantized KV cache that it was given$"):
+        install_cache(model, [Plain] * 2)
+    model.restore()
+    hook.remove()
+    monkeypatch.setattr(past, "KEYWORDS", ("memory", "kv"))
+    with pytest.raises(ModelError, match="^LlamaModel takes no KV cache by the name of memory or kv$"):
+        install_cache(model, [Plain] * 2)
+
+
+def test_a_pass_that_goes_around_the_cache_is_an_error(tiny: Path) -> None:
+    model = loaded(tiny)
+    install_cache(model, [Plain] * 2)
+    model.attention(1).register_forward_pre_hook(without_cache, with_kwargs=True)
+    with pytest.raises(ModelError, match="did not write to the quantized KV cache"):
+        logits(model)
+
+
+def test_keys_before_the_rotary_embedding_need_it(tiny_models: dict[str, Path]) -> None:
+    """What is not handed over is not passed over: the layer would store keys that are turned."""
+    for family in ("llama", "opt"):
+        model = loaded(tiny_models[family])
+        install_cache(model, [BeforeRope] * 2)  # OPT has no such embedding
+        logits(model)
+        model.attention(1)._forward_pre_hooks.clear()  # what hands it over
+        if family == "opt":
+            logits(model)
+            continue
+        with pytest.raises(ModelError, match="^BeforeRope was not handed the rotary embedding of the keys it is given"):
+            logits(model)
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_the_model_is_handed_its_cache_by_the_name_in_use(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, chunk: int | None
+) -> None:
+    """The older name is dropped in transformers 5.40."""
+    session = Session(None)
+    session.begin(make_cell(tiny))
+    body, names = session.loaded.model.base_model, set()
+    body.register_forward_pre_hook(lambda module, args, kwargs: names.update(kwargs), with_kwargs=True)
+    with torch.no_grad(), session.loaded.reading_cache("windowed", chunk):
+        session.loaded.body(IDS)
+    greedy(session, IDS, 2)
+    SessionLM(session.loaded, 512).loglikelihood([SimpleNamespace(args=("a b", c)) for c in (" c d", " d e f", " d")])
+    used = past.cache_keyword(body)
+    assert used == next(iter(set(inspect.signature(type(body).forward).parameters) & set(past.KEYWORDS)))
+    assert set(past.KEYWORDS) & names == {used}
 
 
 def test_a_default_cache_that_the_caller_holds_gets_quantized_layers(tiny: Path) -> None:

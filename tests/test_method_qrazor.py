@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qfarm.errors import InvalidInput, NonFinite
 from qfarm.inputs import InputStatistics
+from qfarm.layers.inject import install_cache
 from qfarm.layers.packing import unpack_codes
 from qfarm.layers.sites import Place
 from qfarm.methods.gptq import GPTQ
@@ -41,8 +42,9 @@ from qfarm.solver import factorise, group_aware_order
 from tests.conftest import TINY
 from tests.job_example import CONFIG, changed, labels, matrix
 from tests.test_layers_worker import run_all, values
+from tests.test_models import loaded
 
-# base integers, r, flag, codes
+# base integers, r, flag, codes with halves to the even neighbour
 VECTORS = [
     ([100, -37, 5, 0, 64, -127, 12, -8], 4, 4, [6, -2, 0, 0, 4, -7, 1, 0]),
     ([7, -6, 5, 0, 1, -2, 3, -7], 4, 0, [7, -6, 5, 0, 1, -2, 3, -7]),
@@ -53,6 +55,14 @@ VECTORS = [
     ([32767, -12345, 255, 256, -4096, 1, 2048, 6144], 8, 8, [127, -48, 1, 1, -16, 0, 8, 24]),
     ([0] * 8, 4, 0, [0] * 8),
 ]
+# The same with halves up, by hand; those that are not here hold no half.
+HALVES_UP = {
+    0: [6, -2, 0, 0, 4, -7, 1, -1],  # -8 / 16
+    2: [4, -3, 3, 0, 1, -1, 2, -4],  # 5 / 2, 1 / 2
+    3: [7, -3, 3, 0, 1, -1, 2, -4],
+    4: [7, -7, 7, 7, 7, -7, 4, 1],  # 8 / 16; 120 / 16 is capped either way
+    5: [7, -3, 0, 0, -1, 0, 1, 2],  # 2048 / 4096
+}
 groups = st.lists(st.integers(-127, 127), min_size=8, max_size=8)
 
 
@@ -70,12 +80,15 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 # -- the second stage -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("base", "bits", "flag", "codes"), VECTORS)
+@pytest.mark.parametrize("number", range(len(VECTORS)))
 @pytest.mark.parametrize("sign", [1, -1])
-def test_vectors(base: list[int], bits: int, flag: int, codes: list[int], sign: int) -> None:
-    found, flags = razor(sign * torch.tensor(base).float(), bits, 8)
+@pytest.mark.parametrize("ties", ["even", "up"])
+def test_vectors(number: int, sign: int, ties: Ties) -> None:
+    base, bits, flag, codes = VECTORS[number]
+    codes = HALVES_UP.get(number, codes) if ties == "up" else codes
+    found, flags = razor(sign * torch.tensor(base).float(), bits, 8, ties)
     assert flags.tolist() == [flag] and (sign * found).int().tolist() == codes
-    assert (sign * razored(sign * torch.tensor(base), bits)).int().tolist() == [c * 2**flag for c in codes]
+    assert (sign * razored(sign * torch.tensor(base), bits, ties=ties)).int().tolist() == [c * 2**flag for c in codes]
 
 
 def test_halves_go_to_even_or_up() -> None:
@@ -84,7 +97,7 @@ def test_halves_go_to_even_or_up() -> None:
     assert razored(base, ties="up").tolist() == [64, 32, 48, 16, -32, -16, 0, 0]
 
 
-def brute(base: list[int], bits: int) -> list[int]:
+def brute(base: list[int], bits: int, ties: Ties = "even") -> list[int]:
     """By shifts and comparisons of integers, one element after another."""
     union = 0
     for q in base:
@@ -94,7 +107,7 @@ def brute(base: list[int], bits: int) -> list[int]:
     for q in base:
         low, rest = abs(q) >> flag, abs(q) & ((1 << flag) - 1)
         half = (1 << flag) >> 1
-        code = low + (rest > half or (flag > 0 and rest == half and low % 2 == 1))
+        code = low + (rest > half or (flag > 0 and rest == half and (ties == "up" or low % 2 == 1)))
         out.append((-1 if q < 0 else 1) * min(code, (1 << (bits - 1)) - 1) << flag)
     return out
 
@@ -104,6 +117,7 @@ def brute(base: list[int], bits: int) -> list[int]:
 def test_against_integer_arithmetic_and_its_invariants(base: list[int], bits: int) -> None:
     out = razored(base, bits)
     assert out.int().tolist() == brute(base, bits)
+    assert razored(base, bits, ties="up").int().tolist() == brute(base, bits, "up")
     assert torch.equal(razored(out, bits), out), "razoring again changes nothing"
     assert torch.equal(razored([-q for q in base], bits), -out)
     codes, flags = razor(torch.tensor(base).float(), bits, 8)
@@ -452,6 +466,27 @@ calibration: {{text: python-docs, samples: 4, length: 64}}
 evaluate: [perplexity: {{text: python-docs, length: 64, windows: 16}}]
 resources: {{gpus: 0}}
 """
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_stored_keys_are_the_razored_keys_before_the_rotary_embedding(
+    tiny_models: dict[str, Path], family: str
+) -> None:
+    """Exactly: what the model's key projection (or its norm) returns, both stages by hand, and nothing after it."""
+    model = loaded(tiny_models[family])
+    method = QRazor(pre_rope=True, cache_group=8)
+    makers = [method.cache_layer(block, 4, {}) for block in range(2)]
+    layers = [make() for make in makers]
+    install_cache(model, [lambda layer=layer: layer for layer in layers])  # type: ignore[misc]
+    keys: list[Tensor] = []
+    for block in range(2):
+        model.key_maker(block).register_forward_hook(lambda module, args, output: keys.append(output))
+    with torch.no_grad():
+        model.model(torch.arange(24).reshape(2, 12))
+    for layer, key in zip(layers, keys, strict=True):
+        key = key.reshape(2, 12, -1, model.head_dim).transpose(1, 2)
+        scale = base_scale(key.abs().amax(-1, keepdim=True), 8, torch.float16)
+        assert torch.equal(layer.read()[0], razored(base_integers(key, scale, 8)) * scale)
 
 
 def test_operating_points_run_and_errors_stand_in_order(tmp_path: Path, tiny: Path) -> None:

@@ -14,7 +14,7 @@ from qfarm.inputs import InputStatistics, Statistic
 from qfarm.layers.install import install_sites
 from qfarm.layers.observe import observe
 from qfarm.layers.sites import Place
-from qfarm.methods.smoothquant import factors
+from qfarm.methods.smoothquant import SmoothQuant, factors
 from qfarm.models.load import LoadedModel
 from qfarm.quantizer import Grid
 from qfarm.recipe import Recipe, parse_recipe
@@ -105,6 +105,25 @@ def test_the_model_computes_the_same(model: LoadedModel, options: dict[str, Any]
     model.restore()
     assert all(torch.equal(p, before[name]) for name, p in model.model.named_parameters())
     assert torch.equal(logits(model), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_are_float32_in_half_precision(tiny: Path, dtype: torch.dtype) -> None:
+    """The published code casts the maxima first, which moves a factor by 2^-9; only folded tensors are rounded here."""
+    model = loaded(tiny)
+    model.model.to(dtype)
+    observed = observe(model, WINDOWS, MAX)
+    group, norm = ("q", "k", "v"), model.norm(1, ("q", "k", "v"))
+    activity = observed[Place("linear_in", 1, "q")].max_abs
+    assert activity is not None and norm is not None
+    exact = activity.double().pow(0.3) / weight_max(model, 1, group).double().pow(0.7)
+    gain, weight = norm.weight.double(), model.linears(1)["q"].weight.double()
+    scale = SmoothQuant(alpha=0.3).smooth(model, 1, group, observed)
+    assert scale.dtype == torch.float32
+    torch.testing.assert_close(scale.double(), exact, rtol=1e-6, atol=0)
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(norm.weight.double(), gain / exact, rtol=0.51 * unit, atol=0)
+    torch.testing.assert_close(model.linears(1)["q"].weight.double(), weight * exact, rtol=0.51 * unit, atol=1e-7)
 
 
 @every_family

@@ -267,6 +267,20 @@ def test_small_gradients_survive_in_half_precision() -> None:
         assert 0 < float((half - exact).norm()) < 0.7 * float(exact.norm()), name  # 0.9 and more if they are lost
 
 
+def test_masters_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that a bfloat16 weight cannot take: half a unit in the last place of 0.1 is 2.4e-4."""
+    problem = toy(bits=8)
+    problem.block.to(torch.bfloat16)
+    problem.inputs = problem.inputs.to(torch.bfloat16)
+    before = {name: parameter.float().clone() for name, parameter in problem.block.named_parameters()}
+    options = options_of(problem, lkd_steps=3, lkd_learning_rate=1e-6, lkd_weight_decay=0.0)
+    after, _ = train(problem, options, distil_module._weight_names(problem))
+    for name, parameter in after.items():
+        moved = (parameter.detach().double() - before[name].double()).abs()
+        assert parameter.dtype == torch.float32 and float(moved.max()) < 3.3e-6, name
+        assert float((moved > 0).float().mean()) > 0.5, name
+
+
 def test_batches_are_consecutive_windows_and_a_normalised_loss_is_relative() -> None:
     problem = toy()
     names = distil_module._weight_names(problem)

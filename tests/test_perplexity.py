@@ -18,6 +18,8 @@ from qfarm.divergence import histogram_counts, histogram_quantile
 from qfarm.errors import DataError, InvalidInput, NonFinite
 from qfarm.evaluate import build_evaluator, eval_id
 from qfarm.evaluate.perplexity import Perplexity, Stop, _Gambler
+from qfarm.layers.linear import quantize_input
+from qfarm.layers.trace import first_nonfinite
 from qfarm.matrix import Cell, baseline_cell
 from qfarm.models.load import LoadedModel
 from qfarm.models.reference import resolve
@@ -174,6 +176,22 @@ def test_nan_names_the_window(session: Session, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(LoadedModel, "body", body)
     with pytest.raises(NonFinite, match="window 3"):
         run(session)
+
+
+def test_numbers_that_are_not_finite_name_the_first_layer(session: Session) -> None:
+    loaded = session.loaded
+    ids = session.windows("python-docs", 32, None).rows[0]
+    assert first_nonfinite(loaded, ids) is None
+    loaded.replace_weight(loaded.linears(1)["up"], loaded.linears(1)["up"].weight * 1e38)
+    with pytest.raises(NonFinite, match=r"window \d+: loss is not finite; first in the output of layer 1 up$"):
+        run(session)
+    loaded.restore()
+    quantize_input(loaded, 0, "o", lambda x: x * torch.nan)
+    assert first_nonfinite(loaded, ids) == "the output of layer 0 o"
+    loaded.attention(0).register_forward_hook(lambda module, args, out: (out[0] * torch.nan, *out[1:]))
+    loaded.restore()
+    assert first_nonfinite(loaded, ids) == f"the input of layer 0 {'gate' if 'gate' in loaded.linears(0) else 'up'}"
+    assert not any(linear._forward_hooks or linear._forward_pre_hooks for linear in loaded.linears(0).values())
 
 
 def test_a_lost_baseline_is_computed_again_and_announced(session: Session, tiny: Path) -> None:

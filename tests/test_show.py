@@ -124,6 +124,17 @@ def test_show_tells_of_the_cache_and_of_causality():
     assert "causal" not in weights and "KV cache" not in weights
 
 
+def test_show_tells_widths_and_what_is_left_alone():
+    store = FakeStore()
+    figures = {"payload_bits": 4.375, "activation_bits": 4.5, "activation_bytes": 2048, "kept_share": 0.21}
+    store.rows["cells"] = [cell_row("aaaa" * 4, "qrazor", "w4a4", **figures), cell_row("bbbb" * 4, "rtn", "w4")]
+    text, old = (" ".join(show(store, cell_id, width=120).split()) for cell_id in "ab")
+    assert "bits per weight, 4.375 without scales and zeros, " in text
+    assert "bits per parameter, 21 % of them as loaded, " in text
+    assert "linear inputs 4.500 bits per number, 2.05 kB of calibrated grids" in text
+    assert "linear inputs" not in old and "without" not in old and "as loaded" not in old  # a store of before
+
+
 def test_show_is_harmless():
     store = hostile_store()
     for cell_id in (RTN, FAILED):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qfarm import cli
 from qfarm.inputs import InputStatistics
 from qfarm.layers.sites import Observed, Place
 from qfarm.matrix import Cell
@@ -40,11 +42,19 @@ SWEEP = SWEEP.replace(JOB.splitlines()[2], f"methods: [{ENTRIES}]")
 
 @pytest.fixture(scope="module")
 def farm(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Farm:
-    found = Farm(tmp_path_factory.mktemp("store"), make_job(tiny, JOB))
-    for index, planned in enumerate(found.plan().cells):
-        outcome = found.run(index)
-        assert outcome.failure is None, f"{planned.cell.label}: {outcome.error}"
-    return found
+    """The matrix as `qfarm submit JOB --local` runs it, in this process, which ends with exit code 0."""
+    folder = tmp_path_factory.mktemp("matrix")
+    path = folder / "job.yaml"
+    path.write_text(f"{JOB.format(model=tiny)}store: {folder / 'store'}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QFARM_CACHE", str(folder / "cache"))
+        # What the command line sets for its own process must not outlive the test.
+        for name in ("CUDA_VISIBLE_DEVICES", "OMP_WAIT_POLICY"):
+            patch.setenv(name, os.environ.get(name, ""))
+        with pytest.raises(SystemExit) as done:
+            cli.main(["submit", str(path), "--local"])
+    assert done.value.code == 0
+    return Farm(folder / "store", make_job(tiny, JOB))
 
 
 def test_every_cell_that_can_run_does_and_the_others_say_why(farm: Farm) -> None:

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from qfarm.analysis import distance, mean_decibels, moments, over_windows
 from qfarm.errors import NonFinite
 from qfarm.evaluate import Evaluator, Result
-from qfarm.layers.inject import KEYWORDS
 from qfarm.models.load import LoadedModel
+from qfarm.models.past import KEYWORDS
 from qfarm.recipe import STRICT
 from qfarm.record import LayerStatistic, Metric
 from qfarm.text import Part, absolute, public_name, reference

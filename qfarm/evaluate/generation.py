@@ -29,6 +29,7 @@ from qfarm.errors import NonFinite
 from qfarm.evaluate import Evaluator, Result
 from qfarm.ledger import measured
 from qfarm.matrix import canonical_hash
+from qfarm.models.past import cache_keyword, returned_cache
 from qfarm.recipe import STRICT
 from qfarm.record import Document, Metric
 from qfarm.text import Part, absolute, public_name, reference
@@ -141,13 +142,14 @@ def greedy_steps(loaded: LoadedModel, ids: Tensor) -> Iterator[Tensor]:
 
     The KV cache is the one that the model itself returns, so that an installed quantized one is used. Raises NonFinite.
     """
-    step, past = ids.to(loaded.device), None
+    body = loaded.model.base_model
+    step, past, keyword = ids.to(loaded.device), None, cache_keyword(body)
     for index in itertools.count():
-        out = loaded.model.base_model(input_ids=step, past_key_values=past, use_cache=True)
+        out = body(input_ids=step, use_cache=True, **{keyword: past})
         logits = loaded.head(out.last_hidden_state[:, -1])  # [prompts, vocabulary]
         if not bool(torch.isfinite(logits).all()):
             raise NonFinite(f"a logit of new token {index} is not finite")
-        past, step = out.past_key_values, logits.argmax(-1, keepdim=True)
+        past, step = returned_cache(out), logits.argmax(-1, keepdim=True)
         yield step
 
 

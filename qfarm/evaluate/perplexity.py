@@ -35,6 +35,7 @@ from qfarm import divergence
 from qfarm.betting import HopelessStop
 from qfarm.errors import InvalidInput, NonFinite
 from qfarm.evaluate import Evaluator, Result
+from qfarm.layers.trace import first_nonfinite
 from qfarm.ledger import documents_of, metrics_of
 from qfarm.predictions import (
     BaselineStates,
@@ -190,7 +191,9 @@ class Perplexity(Evaluator):
         try:
             return score(session, hidden, targets, None if before is None else before[spans.flat(index)])
         except NonFinite as error:
-            raise NonFinite(f"{self.label}: window {index}: {error}") from None
+            where = first_nonfinite(session.loaded, windows.rows[index])
+            first = f"; first in {where}" if where else "; inputs and outputs of all linear layers are"
+            raise NonFinite(f"{self.label}: window {index}: {error}{first}") from None
 
     def _windows(self, session: Session) -> Windows | Rolling:
         if self.convention == "word":

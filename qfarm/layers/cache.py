@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from qfarm.errors import InvalidInput
+from qfarm.errors import InvalidInput, ModelError
 from qfarm.layers.packing import pack_codes, unpack_codes
 from qfarm.layers.rope import Rotation, rotate, unrotate
 from qfarm.layers.rtn import Quantizer, asymmetric_codes, asymmetric_grid
@@ -47,6 +47,7 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
         self.length = 0
         self.starts: Tensor | None = None  # int64 [batch]: index of the first real token under left padding; None: 0
         self.turn: Turn | None = None  # keys are stored turned, and turned back when they are read
+        self.rotary = False  # keys come behind a rotary embedding; a layer outside a model is handed plain ones
         self.rotation: Rotation | None = None  # of the tokens of the next update, for layers before the embedding
         self._rotations: dict[str, Tensor] = {}  # of all tokens; positions give them, so they count as no storage
 
@@ -91,7 +92,11 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
     def _before_embedding(self, keys: Tensor) -> Tensor:
         if self.turn is not None:
             return self.turn.forward(keys)
-        if not self.pre_rope or self.rotation is None:
+        if not self.pre_rope:
+            return keys
+        if self.rotation is None:
+            if self.rotary:
+                raise ModelError(f"{type(self).__name__} was not handed the rotary embedding of the keys it is given")
             return keys
         extend(self._rotations, {"cos": self.rotation[0], "sin": self.rotation[1]}, dim=1)
         return unrotate(keys.float(), self.rotation)

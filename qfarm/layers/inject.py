@@ -9,8 +9,7 @@ unquantized. The hook stands at the decoder rather than at the causal-LM module,
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,17 +20,18 @@ from qfarm.errors import InvalidInput, ModelError, QfarmError
 from qfarm.layers.attention import add_to_sites
 from qfarm.layers.cache import QuantizedLayer
 from qfarm.models.load import LoadedModel
+from qfarm.models.past import KEYWORDS, cache_keyword, given_cache
 
 MakeLayer = Callable[[], QuantizedLayer]
 KNOWN_KINDS = {"full_attention", "sliding_attention"}  # of decoder blocks; the mask enforces a sliding window
 PROBE_TOKENS = 2048  # at which stored bits are counted
-# Names of the keyword that hands a model its cache: since transformers 5.24, which ignores the other one beside it, and
-# before. Callers may still use the older one.
-KEYWORDS = ("cache", "past_key_values")
 
 
 def install_cache(loaded: LoadedModel, makers: Sequence[MakeLayer]) -> None:
-    """Use caches of these layers, one maker per block, until the model is restored. Raises ModelError."""
+    """Use caches of these layers, one maker per block, until the model is restored.
+
+    Raises ModelError when the model is known not to use such caches, or a probe shows that it does not.
+    """
     unknown = sorted(set(getattr(loaded.model.config, "layer_types", None) or ()) - KNOWN_KINDS)
     if unknown:
         raise ModelError(f"a quantized KV cache needs plain attention; the model has {', '.join(unknown)} blocks")
@@ -48,6 +48,38 @@ def install_cache(loaded: LoadedModel, makers: Sequence[MakeLayer]) -> None:
             hook = functools.partial(_hand_over_rotation, block)
             handle = loaded.attention(block).register_forward_pre_hook(hook, with_kwargs=True)
             loaded.on_restore(handle.remove)
+    _probe(loaded, makers)
+
+
+@torch.no_grad()
+def _probe(loaded: LoadedModel, makers: Sequence[MakeLayer]) -> None:
+    """One pass over two tokens, which stands for a check of transformers' version: what it asks for is what is needed.
+
+    Its layers store what they are given, so that no quantizer counts these tokens.
+    """
+    witnesses = [_WitnessBeforeRope() if make().pre_rope else _Witness() for make in makers]
+    for witness in witnesses:
+        witness.rotary = loaded.architecture.rotary
+    body = loaded.model.base_model
+    ids = torch.zeros(1, 2, dtype=torch.long, device=loaded.device)
+    body(input_ids=ids, use_cache=True, **{cache_keyword(body): Cache(layers=list(witnesses))})
+    # The body of some families is a module around the decoder, whose hooks need not have run.
+    if not all(witness.length for witness in witnesses):
+        raise ModelError(f"{type(body).__name__} did not write to the quantized KV cache that it was given")
+
+
+class _Witness(QuantizedLayer):
+    """Stores what it is given."""
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        self.state = {"k": keys, "v": values}
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        return self.state["k"], self.state["v"]
+
+
+class _WitnessBeforeRope(_Witness):
+    pre_rope = True
 
 
 def _inject(
@@ -63,20 +95,12 @@ def _inject(
     layers = [make() for make in makers]
     for block, layer in enumerate(layers):
         layer.prefill, layer.starts, layer.turn = loaded.prefill, starts, loaded.turns.get(block)
+        layer.rotary = loaded.architecture.rotary
     if given is None:
         others = {name: value for name, value in kwargs.items() if name not in KEYWORDS}
-        return args, others | {_keyword(module): Cache(layers=layers)}
+        return args, others | {cache_keyword(module): Cache(layers=layers)}
     given.layers[:] = layers
     return args, kwargs
-
-
-def given_cache(kwargs: Mapping[str, Any]) -> Cache | None:
-    """The cache among a call's keywords, by either name."""
-    return next((kwargs[name] for name in KEYWORDS if kwargs.get(name) is not None), None)
-
-
-def _keyword(module: nn.Module) -> str:
-    return next(name for name in KEYWORDS if name in inspect.signature(module.forward).parameters)
 
 
 def _require_use(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -117,7 +141,7 @@ def stored_bits_of_text(loaded: LoadedModel, makers: Sequence[MakeLayer], ids: T
     """The same for token ids [tokens], where what is stored depends on it; the cache is installed already."""
     layers = [make() for make in makers]
     ids = ids[: min(PROBE_TOKENS, loaded.model.config.max_position_embeddings)]
-    cache = {_keyword(loaded.model.base_model): Cache(layers=list(layers))}
+    cache = {cache_keyword(loaded.model.base_model): Cache(layers=list(layers))}
     loaded.model.base_model(input_ids=ids[None].to(loaded.device), use_cache=True, **cache)
     count = sum(2 * len(ids) * loaded.linears(block)["k"].out_features for block in range(len(layers)))
     return _bits(layers, count)

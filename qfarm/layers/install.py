@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from qfarm.errors import QfarmError
+from qfarm.layers.account import cached_bits, input_bits, stored_bytes
 from qfarm.layers.attention import add_to_sites
 from qfarm.layers.cache import RTNLayer, SimulatedLayer
 from qfarm.layers.inject import MakeLayer, install_cache, stored_bits, stored_bits_of_text
@@ -20,6 +21,8 @@ from qfarm.layers.linear import (
     head_rows,
     quantize_input,
     transform_output,
+    with_factor,
+    with_factors,
 )
 from qfarm.layers.rtn import Quantizer, rtn_quantizer
 from qfarm.layers.sites import TENSORS, Observed, Place
@@ -34,6 +37,8 @@ class Installed:
 
     causal: bool | None  # no quantizer looks across tokens; None: nothing was installed
     kv_bits: float | None  # stored bits per cached number; None: the cache is not quantized, or simulated only
+    activation_bits: float | None = None  # per number at linear inputs, flags included; None: they are not quantized
+    activation_bytes: int = 0  # of grids that calibration fixed
     notes: tuple[str, ...] = ()
     reports: tuple[Callable[[], list[str]], ...] = ()  # more notes, once everything has been evaluated
     # What calibration fixed for the KV cache, by block and role of the linear layer, for the layers' records.
@@ -52,8 +57,10 @@ def install_sites(
     if not wanted:
         return Installed(causal=None, kv_bits=None)
     methods = {site: _claimant(recipe, site) for site in wanted}
+    observed = with_factors(loaded, observed)
     notes: list[str] = []
     reports: list[Callable[[], list[str]]] = []
+    placed: dict[Place, Quantizer] = {}
     kv_bits = None
     tables: dict[tuple[int, str], Mapping[str, Any]] = {}
     for site in sorted(wanted):
@@ -70,10 +77,14 @@ def install_sites(
                 tables |= {(block, role): table for role, table in make().tables().items()}
         else:
             assert method is None or isinstance(method, ActivationMethod)
-            notes += _install_tensors(loaded, method, site, bits, observed, reports)
+            notes += _install_tensors(loaded, method, site, bits, observed, reports, placed)
+            if site == "kv_cache":
+                kv_bits = cached_bits(loaded, placed, bits)
     return Installed(
         causal=all(method is None or method.causal for method in methods.values()),
         kv_bits=kv_bits,
+        activation_bits=input_bits(loaded, placed, scheme.linear_in) if "linear_in" in wanted else None,
+        activation_bytes=stored_bytes(placed),
         notes=tuple(notes),
         reports=tuple(reports),
         tables=tables,
@@ -101,6 +112,7 @@ def _install_tensors(
     bits: int,
     observed: Observed,
     reports: list[Callable[[], list[str]]],
+    placed: dict[Place, Quantizer],
 ) -> list[str]:
     left: dict[str, list[int]] = {}
     found: dict[Place, Quantizer] = {}
@@ -115,6 +127,7 @@ def _install_tensors(
             found[place] = quantize
     if not found:
         raise QfarmError(f"{method.name if method else 'rtn'} claims {site} but quantizes nothing there")
+    placed |= found
     across = method is not None and not method.causal
     for block in range(len(loaded.blocks)):
         here = {place: q for place, q in found.items() if place.layer == block}
@@ -142,6 +155,7 @@ def _install_block(loaded: LoadedModel, block: int, found: dict[Place, Quantizer
         here = {role: found[place] for role in roles if (place := Place("linear_in", block, role)) in found}
         if by_head and "o" in here:
             here["o"] = head_rows(here["o"], loaded.head_dim)
+        here = {role: with_factor(loaded, block, role, quantize) for role, quantize in here.items()}
         for role, quantize in _once(loaded, block, here, across).items():
             quantize_input(loaded, block, role, quantize)
     for place, quantize in found.items():

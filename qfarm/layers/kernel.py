@@ -11,6 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from qfarm.layers.account import kept_tensors
 from qfarm.layers.rtn import TINY, Quantizer
 
 
@@ -66,6 +67,10 @@ class KernelRemoved:
     """Sets a quantizer's kernel to zero and leaves everything else in floating point."""
 
     quantize: Quantizer
+    effective_bits = 16.0
+
+    def stored(self) -> tuple[Tensor, ...]:
+        return kept_tensors(self.quantize) or ()
 
     def __call__(self, x: Tensor) -> Tensor:
         return x.masked_fill(self.quantize(x) == 0, 0.0)

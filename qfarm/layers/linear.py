@@ -13,7 +13,10 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from qfarm.errors import QfarmError
+from qfarm.inputs import InputStatistics
 from qfarm.layers.rtn import Quantizer
+from qfarm.layers.sites import Observed, Place
 from qfarm.models.load import LoadedModel
 
 
@@ -95,6 +98,40 @@ def quantize_input(
     branch = branch or getattr(linear, "branch", None)
     loaded.on_restore(functools.partial(loaded.model.set_submodule, name, linear))
     loaded.model.set_submodule(name, QuantLinear.around(linear, quantize, branch))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Multiplied:
+    """Quantizes x times a factor [channels] and divides again, for a weight that is made for x as it is."""
+
+    quantize: Quantizer
+    factor: Tensor  # float32
+
+    def __call__(self, x: Tensor) -> Tensor:
+        factor = self.factor.to(x.device)
+        return (self.quantize(x.float() * factor) / factor).to(x.dtype)
+
+
+def with_factor(loaded: LoadedModel, block: int, role: str, quantize: Quantizer) -> Quantizer:
+    """The quantizer, which sees the input as the weight's solver has it multiplied."""
+    factor = loaded.input_factors.get((block, role))
+    if factor is None:
+        return quantize
+    if isinstance(quantize, Multiplier):
+        raise QfarmError(f"the input of layer {block} {role} has a factor, which products of codes cannot have")
+    return Multiplied(quantize=quantize, factor=factor)
+
+
+def with_factors(loaded: LoadedModel, observed: Observed) -> Observed:
+    """What calibration learned of inputs, as if they had been multiplied already; factors are positive."""
+
+    def multiplied(place: Place, found: InputStatistics) -> InputStatistics:
+        factor = loaded.input_factors.get((place.layer, place.role)) if place.site == "linear_in" else None
+        names = ("sample", "mean_abs", "max_abs", "low", "high")
+        known = {name: value for name in names if (value := getattr(found, name)) is not None}
+        return found if factor is None else dataclasses.replace(found, **{n: v * factor for n, v in known.items()})
+
+    return {place: multiplied(place, found) for place, found in observed.items()}
 
 
 def by_sequence(loaded: LoadedModel, block: int, quantize: Quantizer) -> Quantizer:

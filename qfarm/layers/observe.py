@@ -100,5 +100,6 @@ def _linear_inputs(
     for group, stats in collected.items():
         stats.foldable = loaded.absorbs_scale(block, group)
         stats.divided = loaded.divided.get((block, group))
+        stats.decided = loaded.decided.get((block, group), "")
         for role in group:
             yield Place("linear_in", block, role), stats

@@ -31,6 +31,8 @@ TENSORS: Mapping[str, tuple[str, ...]] = {
 
 # Version of the round-to-nearest rule of each site: raise it when a fix changes results.
 RTN_VERSIONS: Mapping[str, int] = {"linear_in": 1, "kv_cache": 1, "q": 1, "probs": 1}
+# The same for how a weight solver's factors reach quantized inputs (AWQ); of no concern to cells without such a solver.
+INPUT_FACTORS_VERSION = 1
 # Widths that these rules support, in bits: activations are simulated, the cache is packed into bytes.
 RTN_WIDTHS: Mapping[str, range] = {
     "linear_in": range(2, 16),

@@ -38,6 +38,9 @@ class StaticSymmetric:
     def scale(self) -> float:
         return max(self.largest / (2.0 ** (self.bits - 1) - 1), TINY)
 
+    def stored(self) -> tuple[Tensor, ...]:
+        return (torch.tensor([self.scale]),)
+
     def __call__(self, x: Tensor) -> Tensor:
         values, top = x.float(), 2.0 ** (self.bits - 1) - 1
         codes = torch.round(values / self.scale)
@@ -52,7 +55,11 @@ class StaticAsymmetric:
     bits: int
     scale: Tensor
     zero: Tensor
+    kept: tuple[Tensor, ...]  # what scale and zero are made of when they are stored
     clipped: Clipped = dataclasses.field(default_factory=Clipped)
+
+    def stored(self) -> tuple[Tensor, ...]:
+        return self.kept
 
     def __call__(self, x: Tensor) -> Tensor:
         scale, zero, half = self.scale.to(x.device), self.zero.to(x.device), 2.0 ** (self.bits - 1)

@@ -22,6 +22,7 @@ class Architecture:
     shared_inputs: tuple[tuple[str, ...], ...]  # roles that read the same tensor, in the order of computation
     mlp_size: str  # the configuration's key for the width of the MLP
     attention: str  # path of the attention module, from a block
+    rotary: bool  # queries and keys are turned by their position after they were projected
     norms: Mapping[tuple[str, ...], str]  # group of layers -> path of the norm that makes their input, from a block
     final_norm: str  # path of the norm before the head, from the causal-LM module
     embeddings: tuple[str, ...]  # paths of the tables whose rows add up to the first hidden state, alike
@@ -42,6 +43,7 @@ _LLAMA = Architecture(
     shared_inputs=(("q", "k", "v"), ("o",), ("gate", "up"), ("down",)),
     mlp_size="intermediate_size",
     attention="self_attn",
+    rotary=True,
     norms={("q", "k", "v"): "input_layernorm", ("gate", "up"): "post_attention_layernorm"},
     final_norm="model.norm",
     embeddings=("model.embed_tokens",),
@@ -60,6 +62,7 @@ _OPT = Architecture(
     shared_inputs=(("q", "k", "v"), ("o",), ("up",), ("down",)),
     mlp_size="ffn_dim",
     attention="self_attn",
+    rotary=False,
     norms={("q", "k", "v"): "self_attn_layer_norm", ("up",): "final_layer_norm"},
     final_norm="model.decoder.final_layer_norm",
     embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),

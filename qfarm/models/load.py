@@ -16,6 +16,7 @@ from qfarm.errors import Failure, ModelError, NonFinite, classify
 from qfarm.layers.sites import Prefill
 from qfarm.layers.turn import Turn
 from qfarm.models.architecture import Architecture, absorbs_scale, architecture_of
+from qfarm.models.past import cache_keyword, returned_cache
 from qfarm.models.reference import ModelFacts, first_line, unreachable
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -33,6 +34,11 @@ class LoadedModel:
         self.divided: dict[tuple[int, tuple[str, ...]], Tensor] = {}
         # How keys are turned where they are quantized, by block: a rotation that the weights cannot carry.
         self.turns: dict[int, Turn] = {}
+        # What a transform decided for the inputs of groups of layers, for its own quantizers.
+        self.decided: dict[tuple[int, tuple[str, ...]], str] = {}
+        # What inputs of linear layers are multiplied by before they are quantized, by block and role; the weights are
+        # made for inputs as they are.
+        self.input_factors: dict[tuple[int, str], Tensor] = {}
         self.stored_beside = 0  # bytes that a transform needs beside the parameters
         self._parameters: int = sum(p.numel() for p in model.parameters())
         self._undo: list[Callable[[], object]] = []
@@ -99,10 +105,10 @@ class LoadedModel:
         """Final hidden states [batch, length, hidden] of token ids [batch, length]; the head is not applied."""
         if self.chunk is None:
             return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
-        states, past = [], None
+        states, past, keyword = [], None, cache_keyword(self.model.base_model)
         for part in torch.split(ids, self.chunk, dim=1):
-            out = self.model.base_model(input_ids=part, past_key_values=past, use_cache=True)
-            past = out.past_key_values
+            out = self.model.base_model(input_ids=part, use_cache=True, **{keyword: past})
+            past = returned_cache(out)
             states.append(out.last_hidden_state)
         return torch.cat(states, dim=1)
 
@@ -165,6 +171,11 @@ class LoadedModel:
         kept = (p.numel() * p.element_size() for p in self.model.parameters() if id(p) not in skip)
         total: int = sum(kept)
         return self.stored_beside + total
+
+    def store_beside(self, size: int) -> None:
+        """Count bytes that a transform needs beside the parameters, until the model is restored."""
+        self.on_restore(functools.partial(setattr, self, "stored_beside", self.stored_beside))
+        self.stored_beside += size
 
     def parameter_count(self) -> int:
         """Parameters of the model as it was loaded; a head that was given weights of its own counts once."""

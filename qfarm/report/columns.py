@@ -165,6 +165,12 @@ def _columns(change: str, mark_width: int) -> tuple[Column, ...]:
             rank=3,
             value=lambda row: row.cell.kv_bits,
         ),
+        Column(
+            heading="input bits",
+            text=lambda row: number(row.cell.activation_bits, "bits"),
+            rank=8,
+            value=lambda row: row.cell.activation_bits,
+        ),
         _figure("PPL", "perplexity", 1),
         Column(
             heading=change + " " * mark_width,

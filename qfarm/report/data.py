@@ -17,7 +17,7 @@ from qfarm.stats import FAMILY_ALPHA, AccuracyDifference, Difference, Interval
 _CELL = (
     *("cell_id", "recipe", "scheme", "group_size", "seed", "symmetric", "scale_dtype", "dtype", "statistics"),
     *("linear_bits", "model_bits", "linear_bytes", "model_bytes", "layers_quantized", "layers_skipped"),
-    *("kv_bits", "causal"),
+    *("kv_bits", "payload_bits", "activation_bits", "activation_bytes", "kept_share", "causal"),
 )
 _METRIC = ("value", "standard_error", "low", "high", "n", "clusters")
 _OPENS_FORMULA = ("=", "+", "-", "@")  # what a spreadsheet would run

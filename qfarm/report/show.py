@@ -92,13 +92,30 @@ def _identity(cell: CellRow) -> list[RenderableType]:
             named = f"version {method.get('version')}: {words(method.get('options') or 'no options')}"
             axes[f"{method.get('name')}"] = named
     sizes = {
-        "quantized layers": f"{number(cell.linear_bits, 'bits')} bits per weight, {size(cell.linear_bytes)}",
-        "whole model": f"{number(cell.model_bits, 'bits')} bits per parameter, {size(cell.model_bytes)}",
+        "quantized layers": f"{number(cell.linear_bits, 'bits')} bits per weight, {_payload(cell)}"
+        f"{size(cell.linear_bytes)}",
+        "whole model": f"{number(cell.model_bits, 'bits')} bits per parameter, {_kept(cell)}{size(cell.model_bytes)}",
+        "linear inputs": _inputs(cell),
         "KV cache": _cache(cell),
         "causal": {None: "", True: "yes", False: NOT_CAUSAL}[cell.causal],
         "stored": cell.created,
     }
     return section(plain(f"{label(cell)} · {cell.model}"), [pairs(axes | sizes)])
+
+
+def _payload(cell: CellRow) -> str:
+    return "" if cell.payload_bits is None else f"{number(cell.payload_bits, 'bits')} without scales and zeros, "
+
+
+def _kept(cell: CellRow) -> str:
+    return "" if cell.kept_share is None else f"{100 * cell.kept_share:.3g} % of them as loaded, "
+
+
+def _inputs(cell: CellRow) -> str:
+    if cell.activation_bits is None:
+        return ""
+    stored = f", {size(cell.activation_bytes)} of calibrated grids" if cell.activation_bytes else ""
+    return f"{number(cell.activation_bits, 'bits')} bits per number{stored}"
 
 
 def _cache(cell: CellRow) -> str:

@@ -22,6 +22,7 @@ from transformers import DynamicCache
 from qfarm import divergence
 from qfarm.errors import NonFinite
 from qfarm.models.load import LoadedModel
+from qfarm.models.past import cache_keyword
 from qfarm.predictions import LOGIT_BUDGET
 from qfarm.tasks.batches import Bundle, Request, batched, bundles, make_request
 from qfarm.tasks.generate import Generated, Progress, Prompt, generate
@@ -121,9 +122,8 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def _hidden(self, ids: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
         """Final hidden states [rows, length, hidden]. Every log-likelihood passes here."""
-        output = self.loaded.model.base_model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
-        )
+        body = self.loaded.model.base_model
+        output = body(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **{cache_keyword(body): cache})
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     @torch.no_grad()
