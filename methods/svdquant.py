@@ -78,9 +78,7 @@ class SVDQuant(Transform, WeightSolver, ActivationMethod):
 
     def recipe_refusal(self, recipe: Recipe) -> str | None:
         if recipe.wrappers:
-            return (
-                f"{self.name} has a low-rank branch already; raise its rank instead of adding {recipe.wrappers[0].name}"
-            )
+            return f"it keeps a low-rank branch itself; raise its rank instead of adding {recipe.wrappers[0].name}"
         return None
 
     def model_refusal(self, config: Mapping[str, Any]) -> str | None:
