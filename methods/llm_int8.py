@@ -119,8 +119,7 @@ class LLMInt8(WeightSolver, ActivationMethod):
         """How many input columns were outliers: mean over calls, by role and for each layer."""
         shares: dict[str, list[float]] = {}
         counts: dict[str, list[str]] = {}
-        for place in sorted(quantizers):
-            product = quantizers[place]
+        for place, product in quantizers.items():
             if isinstance(product, MixedProduct) and product.seen.columns:
                 shares.setdefault(place.role, []).append(product.seen.outliers / product.seen.columns)
                 count = product.seen.outliers / product.seen.calls
