@@ -277,6 +277,13 @@ def test_refusals_name_the_reason_and_what_can_hold_it(
         asked("gguf", cell)
 
 
+def test_a_tokenizer_that_cannot_be_loaded(store: Store, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", "llama")
+    (model / "tokenizer.json").write_text("{}")
+    cell = dataclasses.replace(stored_cell(store, "rtn w4 g32").cell, model=str(model))
+    assert f"the tokenizer of {model} cannot be loaded: " in str(Gguf().refusal(cell))
+
+
 def test_auto_never_chooses_it_and_others_name_it(store: Store) -> None:
     cell = stored_cell(store, "rtn w4 g64").cell
     assert [one.name for one in asked("auto", cell)[0]] == ["safetensors"]
@@ -292,6 +299,8 @@ def test_layers_that_no_block_holds() -> None:
     assert ours.layer_refusal(narrow) == "its 128 columns in 8 groups are no blocks of 32"
     order = torch.zeros(128, dtype=torch.int32)
     assert "out of order" in str(ours.layer_refusal(dataclasses.replace(layer, g_idx=order)))
+    wide = dataclasses.replace(layer, scale=layer.scale.float(), solver="x")
+    assert ours.layer_refusal(wide) == "the format has float16 scales, and x float32 ones"
     floating = dataclasses.replace(layer, zero=torch.full((8, 4), 7.5), solver="hqq")
     assert ours.layer_refusal(floating) == "the zeros of hqq are no integers"
 
@@ -337,31 +346,50 @@ def byte_level(**changes: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
 
 
-def test_a_tokenizer_is_written_and_read_back(tmp_path: Path) -> None:
-    from tokenizers import pre_tokenizers, processors
+def digits_apart() -> Any:
+    from tokenizers import pre_tokenizers
 
-    around = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
-    digits = pre_tokenizers.Sequence(
+    return pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    ours = byte_level(around=around, cut=digits, added="<think>")
-    ours.chat_template = "{{ messages[0]['content'] }}"
-    assert tokenizer_refusal(ours, 260) is None
-    assert cut(json.loads(ours.backend_tokenizer.to_str())["pre_tokenizer"]) == "smollm"
-    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
-    write_tokenizer(writer, ours, 260)
+
+
+def read_by_transformers(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Any:
+    writer = gguf.GGUFWriter(folder / "t.gguf", "llama")
+    write_tokenizer(writer, tokenizer, 260)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return AutoTokenizer.from_pretrained(folder, gguf_file="t.gguf")
+
+
+def test_a_tokenizer_is_written_and_read_back(tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    around = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    ours = byte_level(around=around, cut=digits_apart(), added="<think>")
+    ours.chat_template = "{{ messages[0]['content'] }}"
+    assert tokenizer_refusal(ours, 260) is None
+    assert cut(json.loads(ours.backend_tokenizer.to_str())["pre_tokenizer"]) == "smollm"
+    theirs = read_by_transformers(ours, tmp_path)
     fields = gguf.GGUFReader(tmp_path / "t.gguf").fields
     assert fields["tokenizer.ggml.pre"].contents() == "smollm"
     assert fields["tokenizer.ggml.tokens"].contents()[256:] == ["ab", "<s>", "<think>", "[PAD259]"]
     assert fields["tokenizer.ggml.token_type"].contents()[255:] == [1, 1, 3, 4, 5]
-    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="t.gguf")
     text = "<s>cabs <think> 7é\n"
     assert theirs(text)["input_ids"] == ours(text)["input_ids"] and ours("ab")["input_ids"] == [257, 256]
     assert theirs.chat_template == ours.chat_template and theirs.bos_token == "<s>" and theirs.eos_token is None
+
+
+def test_transformers_still_does_not_cut_digits_apart(tmp_path: Path) -> None:
+    """Watches the library: once it does, the model card need not warn any more."""
+    vocabulary = byte_level().get_vocab()
+    vocabulary["ĠĠ"] = vocabulary.pop("ab")
+    ours = byte_level(cut=digits_apart(), model={"vocab": vocabulary, "merges": [("Ġ", "Ġ")]})
+    theirs = read_by_transformers(ours, tmp_path)
+    assert ours.tokenize("x  y  7") == ["x", "Ġ", "Ġ", "y", "ĠĠ", "7"]
+    assert theirs.tokenize("x  y  7") == ["x", "Ġ", "Ġ", "y", "Ġ", "Ġ", "7"]
 
 
 def test_tokenizers_that_the_keys_cannot_describe() -> None:
@@ -382,4 +410,7 @@ def test_tokenizers_that_the_keys_cannot_describe() -> None:
         ({"around": around}, "puts other tokens around a text"),
     ):
         assert message in str(tokenizer_refusal(byte_level(**changes), 300))
+    several = byte_level()
+    several.chat_template = {"default": "{{ a }}", "tools": "{{ b }}"}  # type: ignore[assignment]
+    assert "several chat templates" in str(tokenizer_refusal(several, 258))
     assert tokenizer_refusal(byte_level(), 257) == "the tokenizer has a token 257, the model 257 tokens"

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from qfarm.errors import QfarmError
 from qfarm.export.blocks import COLUMNS, block_type, blocks, interleaved
-from qfarm.export.formats import Reader, running_sites, uniform_refusal
+from qfarm.export.formats import Reader, dtype_name, running_sites, uniform_refusal
 from qfarm.export.made import Made
 from qfarm.export.vocabulary import tokenizer_refusal, write_tokenizer
 from qfarm.matrix import Cell
 from qfarm.models.architecture import head_width
-from qfarm.models.reference import resolve
+from qfarm.models.load import load_tokenizer
+from qfarm.models.reference import first_line, resolve
 from qfarm.quantized import QuantizedWeight, UniformWeight
 from qfarm.scheme import parse_scheme
 
@@ -59,6 +60,8 @@ class Gguf:
         assert isinstance(quantized, UniformWeight)
         if quantized.g_idx is not None:
             return "columns are grouped out of order (act_order without static_groups), and the format has no g_idx"
+        if quantized.scale.dtype != torch.float16:
+            return f"the format has float16 scales, and {quantized.solver} {dtype_name(quantized.scale.dtype)} ones"
         if quantized.shape[1] // quantized.scale.shape[1] % COLUMNS:
             return f"its {quantized.shape[1]} columns in {quantized.scale.shape[1]} groups are no blocks of {COLUMNS}"
         if block_type(quantized.bits, quantized.zero is None) is None:
@@ -77,11 +80,11 @@ class Gguf:
 
     def limits(self, scheme: str) -> list[str]:
         return [
-            "Every 32 columns have a scale in the file, that of their group: 4.5 (Q4_0), 5.5 (Q5_0) or 8.5 (Q8_0) bits a "
-            "weight, whatever the group size. transformers unpacks all weights as it loads.",
+            "Every 32 columns have a scale in the file, that of their group: 4.5 (Q4_0), 5.5 (Q5_0) or 8.5 (Q8_0) bits "
+            "a weight, whatever the group size. transformers unpacks all weights as it loads.",
             "llama.cpp has not been run on this file: transformers alone has loaded it.",
-            "If the file's key `tokenizer.ggml.pre` is `smollm`, transformers makes other tokens of spaces before a digit "
-            "than the base model's own tokenizer does; take that one to repeat the scores above.",
+            "If the file's key `tokenizer.ggml.pre` is `smollm`, transformers makes other tokens of spaces before a "
+            "digit than the base model's own tokenizer does; take that one to repeat the scores above.",
             "Settings for generation, but for the token that ends a text, are not in the file.",
         ]
 
@@ -120,13 +123,14 @@ class Gguf:
 
 def _model_refusal(reference: str) -> str | None:
     """Why a file cannot describe this model, or its tokenizer."""
-    from qfarm.models.load import load_tokenizer
-
     try:
         facts = resolve(reference)
+        problem = _config_refusal(facts.config)
+        return problem or tokenizer_refusal(load_tokenizer(facts), facts.config["vocab_size"])
     except QfarmError as error:
         return str(error)
-    return _config_refusal(facts.config) or tokenizer_refusal(load_tokenizer(facts), facts.config["vocab_size"])
+    except Exception as error:  # transformers and its libraries raise anything for files that they cannot read
+        return f"the tokenizer of {reference} cannot be loaded: {first_line(error)}"
 
 
 def _config_refusal(config: Mapping[str, Any]) -> str | None:

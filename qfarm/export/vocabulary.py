@@ -42,6 +42,8 @@ def tokenizer_refusal(tokenizer: Any, size: int) -> str | None:
     largest = max(tokenizer.get_vocab().values())
     if largest >= size:
         return f"the tokenizer has a token {largest}, the model {size} tokens"
+    if not isinstance(tokenizer.chat_template, (str, type(None))):
+        return "the tokenizer has several chat templates, and transformers' reader of the format knows one"
     if _ends(tokenizer) is None:
         return "the tokenizer puts other tokens around a text than those of its beginning and end"
     return None
@@ -78,7 +80,7 @@ def write_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
     begins, stops = _ends(tokenizer) or (False, False)
     writer.add_add_bos_token(begins)
     writer.add_add_eos_token(stops)
-    if isinstance(tokenizer.chat_template, str):
+    if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
 
 
