@@ -1,4 +1,4 @@
-"""Blocks: GGUF's types of 32 columns with one float16 scale d, written by hand, for the library's own rounds again.
+"""Blocks: GGUF's types of 32 columns with one float16 scale d. Packed by hand: the library would round again.
 
     Q4_0  18 bytes  d (n - 8)    byte j holds n[j], and n[j + 16] above it
     Q5_0  22 bytes  d (n - 16)   after d four bytes whose bit j is bit 4 of n[j], the low bits then as in Q4_0
