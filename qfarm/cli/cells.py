@@ -86,7 +86,7 @@ def _lines(path: str) -> list[str]:
     default="auto",
     show_default=True,
     metavar="FORMAT",
-    help="compressed-tensors, gptq or safetensors; auto: packed if it can be.",
+    help="compressed-tensors, gptq, gguf or safetensors; auto: packed if it can be.",
 )
 @click.option("--best", is_flag=True, help="Instead of CELL: the one that the report's rule picks.")
 @click.option("--max-bits", type=float, metavar="BITS", help="With --best: stored bits per weight, at most.")

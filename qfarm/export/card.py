@@ -72,21 +72,23 @@ def _quantized(stored: StoredCell, facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"- {row.layers_quantized} linear layers quantized, {len(alone)} left alone; embeddings and head untouched"
     yield (
         f"- weight files {sizes['weight_files']:,} bytes ({size(sizes['weight_files'])}), the original "
-        f"{sizes['original']:,}: {sizes['weight_files'] / sizes['original']:.1%}. Codes and scales of the quantized "
-        f"layers are {sizes['linear']:,} bytes ({number(row.linear_bits, 'bits')} bits per weight), everything else "
-        f"{sizes['rest']:,}"
+        f"{sizes['original']:,}: {sizes['weight_files'] / sizes['original']:.1%}. As the report counts them, codes "
+        f"and scales of the quantized layers are {sizes['linear']:,} bytes ({number(row.linear_bits, 'bits')} bits per "
+        f"weight), everything else {sizes['rest']:,}"
     )
 
 
 def _loading(facts: Mapping[str, Any]) -> Iterator[str]:
     reader = facts["reader"]
     packages = " ".join(["transformers", *reader["packages"]])
-    yield f"Needs `pip install {packages}`. Load it in **{reader['dtype']}**, as `config.json` says:\n"
+    stated = "" if reader["file"] else ", as `config.json` says"
+    yield f"Needs `pip install {packages}`. Load it in **{reader['dtype']}**{stated}:\n"
     yield "```python"
     yield "import torch"
     yield "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
     yield 'folder = "."  # this folder'
-    yield "tokenizer = AutoTokenizer.from_pretrained(folder)"
+    named = f', gguf_file="{reader["file"]}"' if reader["file"] else ""
+    yield f"tokenizer = AutoTokenizer.from_pretrained(folder{named})"
     yield reader["snippet"]
     yield "```\n"
     yield (

@@ -3,6 +3,7 @@
     compressed-tensors   weights of 1 to 8 bits on symmetric grids of consecutive columns, packed; 8-bit weights with
                          8-bit inputs per token
     gptq                 weights of 2, 4 and 8 bits on uniform grids, also asymmetric and of columns out of order
+    gguf                 weights of up to 8 bits, asymmetric to 7, with groups of whole 32 columns; Llama, Mistral
     safetensors          any weights, in the model's own dtype: as large and as fast as the original
 
 Nothing is ever written in another format than the one asked for, and nothing is left out without being named.
@@ -38,6 +39,7 @@ class Reader:
     snippet: str  # Python, for the model card
     packages: tuple[str, ...]  # that transformers needs beside itself
     own: bool = False  # verified by a reader of our own, where these packages cannot be had
+    file: str | None = None  # that transformers wants named, in a folder without a configuration
 
 
 class Format(Protocol):
@@ -107,10 +109,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def formats() -> dict[str, Format]:
     from qfarm.export.compressed import CompressedTensors
+    from qfarm.export.gguf import Gguf
     from qfarm.export.gptq import Gptq
     from qfarm.export.plain import Plain
 
-    known: tuple[Format, ...] = (CompressedTensors(), Gptq(), Plain())
+    known: tuple[Format, ...] = (CompressedTensors(), Gptq(), Gguf(), Plain())
     return {one.name: one for one in known}
 
 

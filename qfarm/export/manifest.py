@@ -1,7 +1,8 @@
 """Manifest: `qfarm_export.json`, the hashes by which damage to an exported checkpoint is found.
 
 One flipped bit of one code moves no score that anybody could see, so every tensor has its hash. In safetensors files
-tensors are hashed, not the file: a copy that was cut into other shards still verifies.
+tensors are hashed, not the file: a copy that was cut into other shards still verifies. A GGUF file, whose keys count as
+much as its tensors, is hashed too.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ FREE = (NAME, "README.md", "model.safetensors.index.json")  # a card may be edit
 
 
 def hashes(folder: Path) -> dict[str, Any]:
-    """Of every tensor in safetensors files and of every other file."""
+    """Of every tensor and of every file that is no safetensors file."""
     tensors = {name: facts for path in sorted(folder.glob("*.safetensors")) for name, facts in _tensors(path)}
+    tensors |= {name: facts for path in sorted(folder.glob("*.gguf")) for name, facts in _blocks(path)}
     others = [path for path in sorted(folder.iterdir()) if path.suffix != ".safetensors" and path.name not in FREE]
     return {"tensors": tensors, "files": {path.name: _file_hash(path) for path in others if path.is_file()}}
 
@@ -30,7 +32,7 @@ def faults(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """How the folder's content differs from what the manifest says, one line each."""
     try:
         found = hashes(folder)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, IndexError, OSError) as error:
         return [f"{folder}: cannot be read: {error}"]
     lines = []
     for kind, what in (("tensors", "tensor"), ("files", "file")):
@@ -72,6 +74,16 @@ def _tensors(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 first, last = (8 + length + offset for offset in facts["data_offsets"])
                 digest = hashlib.sha256(memoryview(data)[first:last]).hexdigest()
                 yield name, {"dtype": facts["dtype"], "shape": facts["shape"], "sha256": digest}
+
+
+def _blocks(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name, type, shape and SHA-256 of the raw bytes of each tensor of a GGUF file."""
+    from gguf import GGUFReader
+
+    for tensor in sorted(GGUFReader(path).tensors, key=lambda one: one.name):
+        digest = hashlib.sha256(tensor.data.tobytes()).hexdigest()
+        shape = [int(size) for size in reversed(tensor.shape)]
+        yield tensor.name, {"dtype": tensor.tensor_type.name, "shape": shape, "sha256": digest}
 
 
 def _file_hash(path: Path) -> str:

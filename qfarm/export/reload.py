@@ -2,9 +2,10 @@
 
     python -P reload.py FOLDER REQUEST.json RESULT.safetensors
 
-Loads FOLDER as any user would, in the dtype that its configuration states, reads token ids and writes the logits, with
-the SHA-256 of each named layer's weight (as it multiplies) and the text's token ids in the file's metadata. GPTQ's
-layout, whose reader transformers does not bring, is unpacked here, by other code than the one that packed it.
+Loads FOLDER as any user would, in the dtype that its configuration states (a GGUF file in float32), reads token ids and
+writes the logits, with the SHA-256 of each named layer's weight (as it multiplies) and the text's token ids in the
+file's metadata. GPTQ's layout, whose reader transformers does not bring, is unpacked here, by other code than the one
+that packed it.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 def main(folder: str, request_path: str, result_path: str) -> None:
     request = json.loads(Path(request_path).read_text())
     torch.set_num_threads(request["threads"])
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **file_in(Path(folder)))
     model = load(Path(folder)).to(request["device"]).eval()
     ids = torch.tensor([request["ids"]], device=request["device"])
     with torch.no_grad():
@@ -34,7 +35,16 @@ def main(folder: str, request_path: str, result_path: str) -> None:
     save_file({"logits": logits.contiguous()}, result_path, metadata={"found": json.dumps(found)})
 
 
+def file_in(folder: Path) -> dict[str, str]:
+    """What names a GGUF file to transformers, where the folder has one."""
+    found = next(folder.glob("*.gguf"), None)
+    return {} if found is None else {"gguf_file": found.name}
+
+
 def load(folder: Path) -> PreTrainedModel:
+    file = file_in(folder)
+    if file:
+        return AutoModelForCausalLM.from_pretrained(folder, **file, dtype=torch.float32)
     config = AutoConfig.from_pretrained(folder)
     settings = getattr(config, "quantization_config", None)
     if settings is None or settings["quant_method"] != "gptq":

@@ -114,6 +114,7 @@ def _facts(made: Made, chosen: Format, command: str) -> dict[str, Any]:
             "snippet": reader.snippet,
             "packages": list(reader.packages),
             "own": reader.own,
+            "file": reader.file,
         },
         "text": {"text": TEXT, "ids": made.tokens[0].tolist()},
         "layers": layers,
