@@ -212,6 +212,13 @@ def test_a_group_without_a_command_shows_its_help(run: Run, path: tuple[str, ...
     assert ran.err == run(*path, "--help").out
 
 
+@pytest.mark.parametrize("path", [(), ("store",), ("bench",)])
+def test_a_group_lists_its_commands_with_whole_sentences(run: Run, path: tuple[str, ...]) -> None:
+    listed = run(*path, "--help").out.partition("Commands:\n")[2]
+    assert listed.count(".\n") == len({line[:12] for line in listed.splitlines() if line[2] != " "})
+    assert "..." not in listed
+
+
 def test_version(run: Run) -> None:
     assert run("--version").out == f"qfarm, version {qfarm.__version__}\n"
 
