@@ -386,11 +386,11 @@ def test_the_last_store_is_remembered(run: Run, job: Path) -> None:
     ran = run("store", "check")
     assert ran.code == 0 and ran.out.endswith(
         "orphan.parquet: no manifest names it; its writer died or is still at work\n"
-        "the store is sound; 1 leftover files, which do no harm\n"
+        "the store is sound; 1 leftover file: harmless\n"
     )
     (Path("out") / "manifests" / "cell" / "torn.json").write_text("{")
     ran = run("store", "check")
-    assert ran.code == 1 and ran.out.endswith("\n1 faults; 1 leftover files, which do no harm\n")
+    assert ran.code == 1 and ran.out.endswith("\n1 fault; 1 leftover file: harmless\n")
     Path("out").rename("gone")
     assert error(run("report")).startswith(f"{store.location}: no such store")
 
