@@ -107,7 +107,7 @@ def error(ran: Ran) -> str:
         ("show abc --store absent", "/absent: no such store; give a folder that `qfarm submit` has written"),
         ("store check absent", "/absent: no such store; give a folder that `qfarm submit` has written"),
         ("report folder", "/folder: has no qfarm-store.json, so it is no store; give a folder that"),
-        ("report bad.yaml", "/bad.yaml: a file, not the folder of a store"),
+        ("report bad.yaml", "/bad.yaml: a file, neither a whole pack nor the folder of a store"),
         ("report s3://bucket/x", "s3://bucket/x: object stores are not supported yet"),
         ("submit small.yaml --local --address head:6379", "--local and --address exclude each other"),
         ("submit small.yaml --local --detach", "--detach needs an http address"),
