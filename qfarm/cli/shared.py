@@ -25,15 +25,13 @@ logger = logging.getLogger(__name__)
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 WATCH_SECONDS = 2.0  # between looks at a store
+SUMMARY = 200  # characters of a command's first sentence that its group's help shows, on as many lines as they take
 MARGIN = click.option(
     "--margin",
     metavar="M",
     help="Loss to be called negligible, e.g. 'perplexity=1%,accuracy=1 point'; default: the job's.",
 )
 DATA = click.option("--data", metavar="DIR", help="Folder of a data pack (index pack.yaml); default: QFARM_DATA.")
-
-
-SUMMARY = 200  # characters of a command's first sentence that its group's help shows, on as many lines as they take
 
 
 class Group(click.Group):
