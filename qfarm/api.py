@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -123,13 +124,17 @@ def run(
 
 
 def _job(job: str | Path | Mapping[str, Any]) -> Job:
+    from qfarm.errors import JobError
     from qfarm.job import load_job, parse_job
 
     if not isinstance(job, Mapping):
         return load_job(str(job))
     import yaml
 
-    return parse_job(yaml.safe_dump(dict(job), sort_keys=False), "job")
+    try:
+        return parse_job(yaml.safe_dump(dict(job), sort_keys=False), "job")
+    except JobError as error:  # its line is of a text that nobody has seen
+        raise JobError(re.sub(r"^job: line \d+: ", "job: ", str(error))) from None
 
 
 def _ignore(_: Event) -> None:

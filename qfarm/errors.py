@@ -109,7 +109,12 @@ def classify(error: BaseException) -> Failure:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """How a message about an unknown name goes on: ', did you mean "x"? known: x, y', or '; known: x, y'."""
-    names = {name.lower(): name for name in sorted(known)}
+    names = sorted(set(known))
+    return f"{did_you_mean(word, names)} known: {', '.join(names)}" if names else ""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """How a message goes on before it lists what there is: ', did you mean "x"?' or ';'."""
+    names = {name.lower(): name for name in known}
     match = difflib.get_close_matches(word.lower(), names, n=1)
-    hint = f', did you mean "{names[match[0]]}"?' if match else ";"
-    return f"{hint} known: {', '.join(names.values())}" if names else ""
+    return f', did you mean "{names[match[0]]}"?' if match else ";"

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qfarm.errors import InvalidInput, JobError
+from qfarm.errors import InvalidInput, JobError, did_you_mean
 from qfarm.job import Block, Calibration, Job, JobFile, Match
 from qfarm.layers.sites import INPUT_FACTORS_VERSION, RTN_VERSIONS, RTN_WIDTHS
 from qfarm.scheme import UNTOUCHED, Scheme, parse_scheme
@@ -321,10 +321,15 @@ def baseline_cell(facts: ModelFacts, dtype: str) -> Cell:
 
 
 def find_cell(cells: tuple[Cell, ...], text: str) -> Cell:
-    """The one cell whose id starts with `text` or whose label is `text`. Raises InvalidInput."""
-    found = [cell for cell in cells if cell.cell_id.startswith(text) or cell.label == text]
+    """The one cell whose id starts with `text` or whose label is `text` ("baseline" will do). Raises InvalidInput."""
+    found = [cell for cell in cells if cell.cell_id.startswith(text) or text in _labels(cell)]
     if len(found) == 1:
         return found[0]
     labels = ", ".join(f'{cell.cell_id} ("{cell.label}")' for cell in (found or cells)[:20])
-    problem = "names several cells" if found else "names no cell of this job"
-    raise InvalidInput(f'"{text}" {problem}; cells: {labels}')
+    nearest_label = did_you_mean(text, [cell.label for cell in cells])
+    problem = "names several cells;" if found else f"names no cell of this job{nearest_label}"
+    raise InvalidInput(f'"{text}" {problem} cells: {labels}')
+
+
+def _labels(cell: Cell) -> tuple[str, ...]:
+    return (cell.label, cell.recipe) if cell.is_baseline else (cell.label,)

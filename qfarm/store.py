@@ -250,7 +250,7 @@ class Store:
             problem = f"has no {FORMAT_FILE}, so it is no store" if os.path.isdir(self.location) else "no such store"
             raise StoreError(f"{self.location}: {problem}; give a folder that `qfarm submit` has written") from error
         except NotADirectoryError as error:
-            raise StoreError(f"{self.location}: a file, not the folder of a store") from error
+            raise StoreError(f"{self.location}: a file, neither a whole pack nor the folder of a store") from error
         except OSError as error:
             raise StoreError(f"{self.location}: the store cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:

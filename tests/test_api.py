@@ -66,7 +66,7 @@ def test_a_cell_that_fails_is_warned_of(job: dict[str, Any], monkeypatch: pytest
 
 
 def test_bad_input(job: dict[str, Any]) -> None:
-    with pytest.raises(JobError, match='unknown key "method", did you mean "methods"'):
+    with pytest.raises(JobError, match='^job: method: unknown key "method", did you mean "methods"'):
         qfarm.run({**job, "method": ["rtn"]})
     with pytest.raises(JobError, match="cannot read the job file"):
         qfarm.run("absent.yaml")

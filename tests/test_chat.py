@@ -120,8 +120,8 @@ def test_a_stored_cell_is_the_planned_one(farm: Farm) -> None:
     index = next(i for i, each in enumerate(planned) if each.cell.scheme == "kv4")
     assert farm.run(index).failure is None
     assert stored_cell(farm.store, "rtn kv4") == planned[index].cell
-    with pytest.raises(InvalidInput, match='^"gptq w4" names no cell of this store'):
-        stored_cell(farm.store, "gptq w4")
+    with pytest.raises(InvalidInput, match='^"rtn kv3" names no cell of this store, did you mean "rtn kv4"[?] cells: '):
+        stored_cell(farm.store, "rtn kv3")
 
 
 def run(*arguments: str) -> int:

@@ -107,7 +107,7 @@ def error(ran: Ran) -> str:
         ("show abc --store absent", "/absent: no such store; give a folder that `qfarm submit` has written"),
         ("store check absent", "/absent: no such store; give a folder that `qfarm submit` has written"),
         ("report folder", "/folder: has no qfarm-store.json, so it is no store; give a folder that"),
-        ("report bad.yaml", "/bad.yaml: a file, not the folder of a store"),
+        ("report bad.yaml", "/bad.yaml: a file, neither a whole pack nor the folder of a store"),
         ("report s3://bucket/x", "s3://bucket/x: object stores are not supported yet"),
         ("submit small.yaml --local --address head:6379", "--local and --address exclude each other"),
         ("submit small.yaml --local --detach", "--detach needs an http address"),
@@ -210,6 +210,13 @@ def test_a_group_without_a_command_shows_its_help(run: Run, path: tuple[str, ...
     ran = run(*path)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err == run(*path, "--help").out
+
+
+@pytest.mark.parametrize("path", [(), ("store",), ("bench",)])
+def test_a_group_lists_its_commands_with_whole_sentences(run: Run, path: tuple[str, ...]) -> None:
+    listed = run(*path, "--help").out.partition("Commands:\n")[2]
+    assert listed.count(".\n") == len({line[:12] for line in listed.splitlines() if line[2] != " "})
+    assert "..." not in listed
 
 
 def test_version(run: Run) -> None:
@@ -379,11 +386,11 @@ def test_the_last_store_is_remembered(run: Run, job: Path) -> None:
     ran = run("store", "check")
     assert ran.code == 0 and ran.out.endswith(
         "orphan.parquet: no manifest names it; its writer died or is still at work\n"
-        "the store is sound; 1 leftover files, which do no harm\n"
+        "the store is sound; 1 leftover file: harmless\n"
     )
     (Path("out") / "manifests" / "cell" / "torn.json").write_text("{")
     ran = run("store", "check")
-    assert ran.code == 1 and ran.out.endswith("\n1 faults; 1 leftover files, which do no harm\n")
+    assert ran.code == 1 and ran.out.endswith("\n1 fault; 1 leftover file: harmless\n")
     Path("out").rename("gone")
     assert error(run("report")).startswith(f"{store.location}: no such store")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 import shlex
 import sys
@@ -20,7 +21,7 @@ from qfarm import cli
 from qfarm.job import parse_job
 from qfarm.plan import make_plan
 from qfarm.published import load as load_published
-from qfarm.report.methods import method_pages, write_pages
+from qfarm.report.methods import method_pages, render_method, write_pages
 from tests.job_example import changed
 from tests.test_cli import Run, error
 from tests.test_cli import run as run
@@ -111,6 +112,18 @@ def test_every_command_is_in_the_readme_or_a_page_that_it_links() -> None:
     text = "".join((ROOT / document).read_text() for document in DOCUMENTS)
     missing = [name for name in cli.group.commands if f"qfarm {name}" not in text]
     assert missing == []
+
+
+@pytest.mark.parametrize("width", [60, 80, 150])
+def test_a_methods_paragraphs_fill_the_terminal(width: int) -> None:
+    """A line that ends early was followed by a word too long for it, or ends its paragraph."""
+    text = render_method("gptq", width).partition("\nsource:")[0]
+    for paragraph in text.strip().split("\n\n"):
+        lines = paragraph.split("\n")
+        if "    " not in paragraph:
+            for line, following in itertools.pairwise(lines):
+                assert len(line) + 1 + len(following.split()[0]) > width, line
+    assert "\n    H = second moment" in text
 
 
 # -- examples ---------------------------------------------------------------------------------------------------------

@@ -334,13 +334,14 @@ def test_find_cell_by_beginning_and_by_label() -> None:
         assert find_cell(cells, cell.cell_id) is cell
         assert find_cell(cells, cell.cell_id[:10]) is cell
         assert find_cell(cells, cell.label) is cell
+    assert find_cell(cells, "baseline").is_baseline
 
 
 def test_find_cell_refuses_what_is_unknown_or_ambiguous() -> None:
     cells = matrix(changed(methods="[gptq, gptq: {damping: 0.5}]")).cells
     with pytest.raises(InvalidInput) as unknown:
         find_cell(cells, "gptq w4")
-    assert str(unknown.value).startswith('"gptq w4" names no cell of this job; cells: ')
+    assert str(unknown.value).startswith('"gptq w4" names no cell of this job, did you mean "gptq w4 g64"? cells: ')
     assert all(f'{cell.cell_id} ("{cell.label}")' in str(unknown.value) for cell in cells)
     assert find_cell(cells, "gptq w4 g64").variant == ""  # options in the label tell the two apart
     assert find_cell(cells, "gptq (damping=0.5) w4 g64").variant == "damping=0.5"

@@ -133,7 +133,7 @@ def test_torn_and_foreign_files(store: Store, tmp_path: Path) -> None:
     pack(store, tmp_path / "one.qfarm")
     torn = tmp_path / "torn.qfarm"
     torn.write_bytes((tmp_path / "one.qfarm").read_bytes()[:-30])
-    with pytest.raises(StoreError, match="a file, not the folder of a store"):
+    with pytest.raises(StoreError, match="a file, neither a whole pack nor the folder of a store"):
         Store.open(torn)
     foreign = tmp_path / "foreign.zip"
     with zipfile.ZipFile(foreign, "w") as archive:

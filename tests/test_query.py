@@ -150,6 +150,17 @@ def test_long_answers_say_that_there_is_more(store: Store) -> None:
     assert "60 rows, 10 not shown: --format csv has all" in text and len(text.splitlines()) == 52
 
 
+def test_rows_too_wide_for_the_terminal_stand_line_by_line(store: Store) -> None:
+    found = query.query(store, "SELECT * FROM cells ORDER BY cell_id")
+    text = render_answer(found, 80)
+    assert max(map(len, text.splitlines())) <= 80 and "row 3" in text
+    lines = [line.split(maxsplit=1) for line in text.partition("row 2")[0].splitlines()]
+    for name, value in zip(found.columns, found.rows[0], strict=True):
+        if isinstance(value, (int, float)):
+            assert [name, query.shown(value)] in lines
+    assert "row 1" not in render_answer(found, 1000)
+
+
 def test_every_view_is_listed_and_documented() -> None:
     text, page = render_views(120), (Path(__file__).parents[1] / "docs" / "query.md").read_text()
     for view in (*record.TABLES, *query.DERIVED):

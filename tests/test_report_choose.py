@@ -96,6 +96,11 @@ def test_what_names_nothing_is_refused(results: Results, options: dict[str, str]
         chosen(results, **options)
 
 
+def test_nothing_can_be_chosen_where_nothing_is_finished() -> None:
+    with pytest.raises(InvalidInput, match="^--sort ppl: there is no finished evaluation yet"):
+        chosen(Results(tables=(), failed=()), sort="ppl")
+
+
 def test_shares_are_compared_as_they_are_shown() -> None:
     made = Planted()
     made.cell("11", "gptq", made.noise(0.01) + 0.02)

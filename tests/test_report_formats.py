@@ -79,6 +79,18 @@ def test_the_same_number_reads_the_same_everywhere():
     assert "right flips lost gained KL back model bits Pareto time cell" in headings
 
 
+def test_quantiles_of_divergence_have_headings():
+    made = example(60)
+    made.store.rows["metrics"] += [
+        dataclasses.replace(row, metric=name)
+        for row in made.store.rows["metrics"]
+        if row.metric == "kl"
+        for name in ("kl_median", "kl_p99")
+    ]
+    assert "KL back KL median KL p99 model bits" in " ".join(render(load(made.store), width=250).split())
+    assert "KL median" in render(load(made.store), "markdown") and "KL median" not in render(load(made.store), "latex")
+
+
 def test_markdown_tables_are_whole():
     lines = render(load(example().store), "markdown").splitlines()
     table = [re.split(r"(?<!\\)\|", line) for line in lines if line.startswith("|")]

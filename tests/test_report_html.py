@@ -214,6 +214,16 @@ def test_differences_are_sorted_and_say_what_is_judged() -> None:
     assert all(point["low"] <= point["value"] <= point["high"] for point in data(drawn))
 
 
+def test_differences_without_a_test_are_not_called_undecided() -> None:
+    made = Planted(windows=21)
+    made.cell("11", "gptq", made.noise(0.01) + 0.02)
+    made.cell("22", "rtn", made.noise(0.01) + 0.30)
+    drawn = figures(made.store)["changes"]
+    assert {point["judged"] for point in data(drawn)} == {"not tested"}
+    assert "no test below 48 clusters" in drawn.caption
+    assert "no test below" not in figures(planted().store)["changes"].caption
+
+
 def test_a_swept_option_makes_a_curve() -> None:
     drawn = figures(planted().store)["sweep"]
     assert drawn.title == "smooth alpha"

@@ -111,6 +111,12 @@ def test_show_refuses_what_names_no_cell_or_several(small):
     assert "\n" not in str(unknown.value) + str(ambiguous.value)
 
 
+def test_the_baseline_is_found_by_its_name_alone():
+    store = FakeStore()
+    store.rows["cells"] = [cell_row("aaaa" * 4, "baseline", "w16"), cell_row("bbbb" * 4, "rtn", "w4")]
+    assert show(store, "baseline") == show(store, "aaaa")
+
+
 def test_show_tells_of_the_cache_and_of_causality():
     store = FakeStore()
     store.rows["cells"] = [

@@ -189,10 +189,11 @@ def verify(folder: str) -> None:
       qfarm verify smollm2-w4
     """
     from qfarm.export.verify import verify as verify_export
+    from qfarm.report.figures import plural
 
     found = verify_export(Path(folder))
     for line in found.faults:
         click.echo(line)
     click.echo(f"checked: {'; '.join(found.steps)}")
-    click.echo(f"{len(found.faults)} faults" if found.faults else "the export is sound")
+    click.echo(plural(len(found.faults), "fault") if found.faults else "the export is sound")
     raise click.exceptions.Exit(FAILED if found.faults else 0)

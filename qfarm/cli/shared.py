@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 WATCH_SECONDS = 2.0  # between looks at a store
+SUMMARY = 200  # characters of a command's first sentence that its group's help shows, on as many lines as they take
 MARGIN = click.option(
     "--margin",
     metavar="M",
@@ -34,7 +35,13 @@ DATA = click.option("--data", metavar="DIR", help="Folder of a data pack (index 
 
 
 class Group(click.Group):
-    """A group that names its commands when it is given another."""
+    """A group that names its commands when it is given another, and lists them with their whole first sentence."""
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, command.get_short_help_str(SUMMARY)) for name, command in sorted(self.commands.items())]
+            )
 
     def resolve_command(
         self, context: click.Context, arguments: list[str]

@@ -71,9 +71,11 @@ def store_check(store: str | None) -> None:
     Example:
       qfarm store check results/quickstart
     """
+    from qfarm.report.figures import plural
+
     faults, leftovers = open_store(store or last_store()).check()
     for line in (*faults, *leftovers):
         click.echo(line)
-    left = f"; {len(leftovers)} leftover files, which do no harm" if leftovers else ""
-    click.echo((f"{len(faults)} faults" if faults else "the store is sound") + left)
+    left = f"; {plural(len(leftovers), 'leftover file')}: harmless" if leftovers else ""
+    click.echo((plural(len(faults), "fault") if faults else "the store is sound") + left)
     raise click.exceptions.Exit(FAILED if faults else 0)

@@ -17,7 +17,7 @@ Point = Mapping[str, Any]
 Spec = dict[str, Any]
 
 CLASSES = ("front", "undecided", "dominated", "not ranked")
-JUDGED = ("differs", "not shown to differ")
+JUDGED = ("differs", "not shown to differ", "not tested")
 COLOURS = ["var(--s0)", "var(--s1)", "var(--s2)", "var(--s3)"]
 SHAPES = ["circle", "square", "triangle-down", "cross", "diamond"]  # not as many as colours: pairs repeat late
 INK, MUTED = "var(--ink)", "var(--muted)"

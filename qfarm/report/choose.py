@@ -49,6 +49,8 @@ def chosen(results: Results, *, where: str | None = None, sort: str | None = Non
     wanted = [(name, f"--where {where}") for name, _, _ in conditions]
     wanted += [(_key(sort.removeprefix("-")), f"--sort {sort}")] if sort else []
     names = {name for table in found.tables for name in _columns(table)}
+    if wanted and not found.tables:
+        raise InvalidInput(f"{wanted[0][1]}: there is no finished evaluation yet to choose from")
     for name, option in wanted:
         if name not in names | FLAGS.keys():
             raise InvalidInput(f'{option}: no column "{name}"{nearest(name, names | FLAGS.keys())}')

@@ -189,6 +189,8 @@ def _columns(change: str, mark_width: int) -> tuple[Column, ...]:
         _counted("gained"),
         Column(heading="answers", text=_answers, rank=10, value=lambda row: row.answers_changed),
         _figure("KL back", "kl_reverse", 11),
+        _figure("KL median", "kl_median", 11),
+        _figure("KL p99", "kl_p99", 11),
         Column(
             heading="model bits",
             text=lambda row: number(row.cell.model_bits, "bits"),
@@ -206,6 +208,7 @@ def _columns(change: str, mark_width: int) -> tuple[Column, ...]:
 
 SHOWN_METRICS = frozenset(
     {"perplexity", "kl", "top1_agreement", "top1_accuracy", "flips", "lost", "gained", "kl_reverse"}
+    | {"kl_median", "kl_p99"}
     | {"kl_floor", "flips_floor"}  # in the caption
 )
 

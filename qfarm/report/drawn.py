@@ -15,7 +15,7 @@ from qfarm.record import MetricRow
 from qfarm.report import charts
 from qfarm.report.figures import interval, number, plain, plural
 from qfarm.report.rows import ID_SHOWN, Row, Table, headline
-from qfarm.stats import Interval
+from qfarm.stats import MARK_CLUSTERS, Interval
 
 MARKS = 2000  # per chart; above, only Pareto points and the best of each recipe. A guess, not measured
 ROWS_DRAWN = 30  # of a dot plot
@@ -185,7 +185,7 @@ def _changes(table: Table, rows: Sequence[Row], anchor: str) -> Drawn:
         place = " (best)" if row.best else " (stopped early)" if row.stopped else ""
         # What a narrow page cuts off is then the end of long options.
         name = f"{written}{place}: {size_of(row)} {plain(row.name)}{_seed(row)}"
-        judged = "differs" if row.marked else "not shown to differ"
+        judged = "differs" if row.marked else "not shown to differ" if row.verdict else "not tested"
         points.append(
             {
                 "id": row.cell.cell_id,
@@ -203,13 +203,15 @@ def _changes(table: Table, rows: Sequence[Row], anchor: str) -> Drawn:
         (abs(end) for point in points for end in (point["value"], point["high"]) if end is not None), default=0
     )
     best = [name_of(row) for row in shown if row.best]
+    untested = any(point["judged"] == "not tested" for point in points)
+    few = f"; no test below {MARK_CLUSTERS} clusters" if untested else ""
     of = f"; the {len(shown):,} best of {len(ordered):,} drawn" if len(shown) < len(ordered) else ""
     return Drawn(
         anchor=anchor,
         title="Difference to the baseline",
         caption=(
             f"Change of {'perplexity in percent' if unit == '%' else 'accuracy in points'}, paired by document, with "
-            f"95 % intervals. Not shown worse than the best: {listed(best)}{of}"
+            f"95 % intervals. Not shown worse than the best: {listed(best)}{few}{of}"
         ),
         spec=charts.changes(points, f"change ({unit})", unit == "%" and largest > SYMLOG),
         headings=("row", "change", "95 % interval", "p (Holm)", "verdict", "cell"),

@@ -14,7 +14,8 @@ from qfarm.report.columns import Column, columns_of
 from qfarm.report.rows import Results, Row, Table
 
 LEFT_OUT = frozenset(
-    {"with seed noise", "right", "flips", "lost", "gained", "KL back", "model bits", "causal", "Pareto", "time", "cell"}
+    {"with seed noise", "right", "flips", "lost", "gained", "KL back", "KL median", "KL p99", "model bits", "causal"}
+    | {"Pareto", "time", "cell"}
 )
 _SPECIAL = {
     "\\": r"\textbackslash{}",

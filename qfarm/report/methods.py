@@ -19,6 +19,7 @@ from qfarm.recipe import Method, WeightSolver, Wrapper, lookup, method_names
 from qfarm.report.render import terminal_text
 
 MARK = "<!-- Written by `qfarm methods --write docs/methods`; change the method's docstring or options instead. -->"
+ITEM = re.compile(r"- |\d+\. ")
 MARKUP = re.compile(r"[*<\[\]]|(?<!\w)_|_(?!\w)")  # what Markdown would read as such; not the _ inside a name
 
 
@@ -39,7 +40,7 @@ def render_method(name: str, width: int, color: bool = False) -> str:
 
 
 def _parts(kind: type[Method], name: str) -> Iterator[RenderableType]:
-    yield Text(inspect.cleandoc(_module_doc(kind)))
+    yield Text(_flowing(inspect.cleandoc(_module_doc(kind))))
     yield Text(f"\nsource: {kind.source}\nweights: {_weights(kind)}\noptions:")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("option", "type", "default", "meaning"):
@@ -48,6 +49,18 @@ def _parts(kind: type[Method], name: str) -> Iterator[RenderableType]:
         table.add_row(*map(Text, row))
     yield table if table.rows else Text("  none")
     yield Text(f"\nin a job:  methods: [{name}]   or with options:  - {name}: {{OPTION: VALUE}}")
+
+
+def _flowing(text: str) -> str:
+    """Each paragraph and list item on one line, for any width; indented blocks stay as they are."""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        block = line.startswith("    ") or (bool(lines) and lines[-1].startswith("    "))
+        if line and lines and lines[-1] and not block and not ITEM.match(line):
+            lines[-1] += f" {line.strip()}"
+        else:
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def _option_rows(kind: type[Method]) -> Iterator[tuple[str, str, str, str]]:
