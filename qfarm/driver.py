@@ -88,7 +88,22 @@ def run_local(
 ) -> Summary:
     """Run cells in this process, one after the other, without Ray; the same events and retries as `run`."""
     board = _board(tasks, settings, emit, job_name, store_location, store_factory)
-    return _supervised(board, lambda: _run_here(board, settings))
+    with _threads(settings.resources.cpus):
+        return _supervised(board, lambda: _run_here(board, settings))
+
+
+@contextlib.contextmanager
+def _threads(cpus: int) -> Iterator[None]:
+    """As many threads as a worker has, unless OMP_NUM_THREADS says otherwise: last bits depend on their number."""
+    import torch
+
+    before = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cpus)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _run_here(board: Board, settings: Settings) -> None:

@@ -909,3 +909,19 @@ def test_a_job_is_submitted_followed_and_refused(head: str, tmp_path: Path):
     assert line == f"refused: {head}: the cluster refuses our token; {nowhere}"
     [line] = client("third", TOKEN | {"RAY_AUTH_TOKEN": "6" * 64})
     assert line.endswith("RAY_AUTH_MODE is token, the token comes from RAY_AUTH_TOKEN") and "666" not in line
+
+
+@pytest.mark.parametrize("given", [None, "3"])
+def test_one_process_computes_with_as_many_threads_as_a_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    """Or its last bits would not be a worker's; OMP_NUM_THREADS, which torch has read by then, has the last word."""
+    import torch
+
+    before, seen = torch.get_num_threads(), set()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    resources = Resources(gpus=0, cpus=before + 1)
+    farm(work("a"), tmp_path, local=True, resources=resources, watch=lambda _: seen.add(torch.get_num_threads()))
+    assert seen == {before if given else before + 1} and torch.get_num_threads() == before
