@@ -109,6 +109,6 @@ def _state(host: str, pid: int) -> Literal["alive", "gone", "not known"]:
         os.kill(pid, 0)
     except ProcessLookupError:
         return "gone"
-    except OSError:  # another user's
-        pass
+    except OSError:  # another user's, so there is one
+        return "alive"
     return "alive"
