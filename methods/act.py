@@ -20,9 +20,10 @@ what a scheme gets from no method at all.
 Dynamic tensor and channel ranges look at all tokens of a sequence, hence at later ones: cells are marked, and results
 move with padding, but not with the other sequences of a batch. Static ranges do not; a token has none, so static means
 tensor or channel. Channels have no integer product with the weights, since their scales differ inside a sum: a
-measurement, not a deployment. Static ranges without clipping are the extremes of the calibration text; with clipping
-they come from its sample of ordinary tokens (up to 512, norms up to 4 times the median), so that massive tokens do not
-decide what is clipped. What lies beyond a static range is clipped; a channel that was always zero stays zero.
+measurement, not a deployment. Static ranges without clipping are the extremes of the calibration text. With clipping
+that of a tensor comes from all its numbers there, rounded to bfloat16, massive tokens included; that of a channel from
+a sample of ordinary tokens (up to 512, norms up to 4 times the median), since a histogram for each would not fit. What
+lies beyond a static range is clipped; a channel that was always zero stays zero.
 
 Stored: nothing for dynamic ranges; static: one float32 scale (and a zero point, of a byte up to 8 bits) per tensor or
 channel, once for layers that read the same input. Arithmetic is float32,
@@ -47,7 +48,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import TypedDict  # which pydantic wants before Python 3.12
 
-from qfarm.inputs import InputStatistics, Statistic
+from qfarm.inputs import InputStatistics, Statistic, patterns
 from qfarm.layers.rtn import TINY, Quantizer
 from qfarm.layers.sites import Observed, Place
 from qfarm.models.architecture import linear_shapes
@@ -100,7 +101,15 @@ class Act(ActivationMethod):
     def statistics(self) -> frozenset[Statistic]:
         if self.mode == "dynamic":
             return frozenset()
-        return frozenset({Statistic.RANGE if self.clip == "none" else Statistic.SAMPLE})
+        if self.clip == "none":
+            return frozenset({Statistic.RANGE})
+        return frozenset({Statistic.HISTOGRAM if self.granularity == "tensor" else Statistic.SAMPLE})
+
+    @property
+    def cell_version(self) -> int:
+        """3: clipped static ranges of a tensor come from all calibration tokens, not from a sample of ordinary ones."""
+        whole = self.mode == "static" and self.granularity == "tensor" and self.clip != "none"
+        return 3 if whole else self.version
 
     def refusal(self, group_size: int, symmetric: bool) -> str | None:
         if self.mode == "static" and self.granularity == "token":
@@ -163,8 +172,13 @@ class Act(ActivationMethod):
             if whole:
                 return inputs.low.amin(0, keepdim=True), inputs.high.amax(0, keepdim=True)
             return inputs.low, inputs.high
-        assert inputs.sample is not None
-        low, high = grid.range(inputs.sample.reshape(1, -1) if whole else inputs.sample.T)
+        if whole:
+            assert inputs.histogram is not None
+            values, counts = patterns(inputs.histogram)
+            low, high = grid.range(values[None], counts)
+        else:
+            assert inputs.sample is not None
+            low, high = grid.range(inputs.sample.T)
         return low[:, 0], high[:, 0]
 
 
@@ -190,12 +204,12 @@ class ActGrid:
     clip: Literal["none", "percentile", "mse"]
     percentile: float | None
 
-    def range(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Ends [rows, 1] of the range, clipped as wanted."""
+    def range(self, values: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Ends [rows, 1] of the range, clipped as wanted; counts [n] say how often each value occurs, default once."""
         if self.clip == "percentile":
-            return self._percentile(values)
+            return self._percentile(values, counts)
         low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-        return self._search(values, low, high) if self.clip == "mse" else (low, high)
+        return self._search(values, low, high, counts) if self.clip == "mse" else (low, high)
 
     def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale, and zero point unless symmetric, of ranges."""
@@ -214,24 +228,34 @@ class ActGrid:
         top = 2.0**self.bits - 1
         return (values / scale).round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale)
 
-    def _percentile(self, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _percentile(self, values: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         share = (USUAL_PERCENTILE if self.percentile is None else self.percentile) / 100
+        total = values.shape[-1] if counts is None else int(counts.sum())
         # Products such as 0.999 * 1000 come out a hair above the whole number that is meant.
-        rank = max(1, math.ceil(share * values.shape[-1] - 1e-9))
+        rank = max(1, math.ceil(share * total - 1e-9))
         if self.symmetric:
-            end = values.abs().kthvalue(rank, dim=-1, keepdim=True).values
+            end = _ranked(values.abs(), counts, rank)
             return -end, end
-        return -(-values).kthvalue(rank, dim=-1, keepdim=True).values, values.kthvalue(rank, -1, keepdim=True).values
+        return -_ranked(-values, counts, rank), _ranked(values, counts, rank)
 
-    def _search(self, values: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def _search(self, values: Tensor, low: Tensor, high: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         best, chosen = torch.full_like(low, torch.inf), torch.ones_like(low)
         for step in range(SEARCH_STEPS):
             shrink = 1 - step / SEARCH_GRID
             error = (self.round_trip(values, low * shrink, high * shrink) - values).abs().pow(SEARCH_NORM)
-            total = error.sum(-1, keepdim=True)
+            total = (error if counts is None else error.double() * counts).sum(-1, keepdim=True).float()
             chosen = torch.where(total < best, shrink, chosen)
             best = torch.minimum(best, total)
         return low * chosen, high * chosen
+
+
+def _ranked(values: Tensor, counts: Tensor | None, rank: int) -> Tensor:
+    """The rank-th smallest of each row, [rows, 1]."""
+    if counts is None:
+        return values.kthvalue(rank, dim=-1, keepdim=True).values
+    ordered = values.sort(dim=-1)
+    reached = counts[ordered.indices].cumsum(-1) >= rank
+    return ordered.values.gather(-1, reached.int().argmax(-1, keepdim=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """RPTQ: channels of activations with alike ranges form clusters, each with a static grid of its own.
 
     cluster      K-means on the points (max, min) of the channels over calibration tokens
-    s = (max - min) / 2^b  within 1e-4 .. 1e4        max and min over the channels of a cluster
+    max <- 0.99 max + 0.01 max of the next window    and min alike, over the channels of a cluster; `ranges: ema`
+    s = (max - min) / 2^b  within 1e-4 .. 1e4
     z = round(-(max + min) / (2 s))  within +-1e4
     x_hat = s (clamp(round(x / s) + z, -2^(b-1), 2^(b-1) - 1) - z)
 
@@ -26,9 +27,10 @@ written.
 Differences from the reference code: channels are not moved. With simulated quantization a cluster's channels need not
 lie side by side, and the result is that of permuting, rounding and permuting back; no norm or weight is changed.
 Weights are the chain's (`gptq+rptq` for its GPTQ), with the scheme's groups of consecutive columns; there a weight has
-a scale per row and cluster of its input. Ranges are plain minima and maxima over all calibration tokens, one of its
-options; its default, an average that decays over samples (0.99), and its searches for the least error are left out, and
-so are its dynamic variants. Ranges are of the original model; there each block sees the quantized ones before it.
+a scale per row and cluster of its input. Of its ways to a range there are two: the average above, which starts at the
+first window and is its default, and extremes over all calibration tokens (`ranges: minmax`); its searches for the least
+error and its dynamic variants are left out. Ranges are of the original model; there each block sees the quantized ones
+before it.
 Queries and keys are rounded after the rotary embedding, which OPT, its only family, does not have; queries before they
 are multiplied by head_dim^-1/2, which is the same grid. K-means is scipy's (k-means++, the best of 10 starts, seed 0;
 there scikit-learn's); no cluster is empty, and there are no more than distinct points. Calibration text is the job's;
@@ -45,6 +47,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import torch
@@ -63,11 +66,13 @@ from qfarm.recipe import STRICT, ActivationMethod
 
 STARTS, ITERATIONS = 10, 50  # of K-means
 SMALLEST, LARGEST = 1e-4, 1e4  # bounds of scales and zero points, from the reference code
+DECAY = 0.99  # of the average of ranges, from the reference code
 AFTER_NORM = frozenset({"q", "k", "v", "gate", "up"})
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RPTQ(ActivationMethod):
+    version = 2  # 2: ranges decay over windows of calibration text
     source = "Yuan et al., 2023, arXiv 2304.01089; github.com/hahnyuan/RPTQ4LLM"
     claims = frozenset({"linear_in", "q", "probs", "kv_cache"})
     optional = frozenset({"linear_in", "q", "probs"})
@@ -77,8 +82,10 @@ class RPTQ(ActivationMethod):
     head_clusters: int = Field(4, ge=1, description="R2 and R3: clusters of queries, keys and values of a head")
     norm_bits: int = Field(8, ge=2, le=15, description="least width at inputs of q, k, v, gate, up")
 
+    ranges: Literal["ema", "minmax"] = Field("ema", description="of a cluster: decaying average of windows' extremes")
+
     def statistics(self) -> frozenset[Statistic]:
-        return frozenset({Statistic.RANGE})
+        return frozenset({Statistic.RANGE} | ({Statistic.WINDOW_RANGES} if self.ranges == "ema" else set()))
 
     def quantizer(self, place: Place, bits: int, observed: Observed) -> Quantizer | None:
         if place.site == "k_pre_rope":
@@ -88,14 +95,23 @@ class RPTQ(ActivationMethod):
         ranges = _ranges(observed[place])
         if not bool(torch.isfinite(ranges).all()):
             raise NonFinite(f"rptq: {place}: a range is not finite")
+        windows = self._window_ranges(observed[place])
         if place.site == "linear_in" and place.role != "o":
             width = max(bits, self.norm_bits) if place.role in AFTER_NORM else bits
-            return cluster_grid(ranges, _labels(ranges, self.clusters), width)
+            return cluster_grid(windows, _labels(ranges, self.clusters), width)
         labels = self._head_labels(place, observed)  # [kv heads, head_dim]
-        of_heads = ranges.reshape(2, len(labels), -1, labels.shape[1])  # [2, kv heads, heads of each, head_dim]
-        grid = cluster_grid(of_heads, labels[:, None].expand(of_heads.shape[1:]), bits)
-        shape = (-1,) if place.site == "linear_in" else (len(labels) * of_heads.shape[2], 1, labels.shape[1])
+        # [2, windows, kv heads, heads of each, head_dim]
+        of_heads = windows.reshape(2, windows.shape[1], len(labels), -1, labels.shape[1])
+        grid = cluster_grid(of_heads, labels[:, None].expand(of_heads.shape[2:]), bits)
+        shape = (-1,) if place.site == "linear_in" else (len(labels) * of_heads.shape[3], 1, labels.shape[1])
         return dataclasses.replace(grid, scale=grid.scale.reshape(shape), zero=grid.zero.reshape(shape))
+
+    def _window_ranges(self, found: InputStatistics) -> Tensor:
+        """Largest and smallest value of each channel, [2, windows, channels]; of all text as one window for minmax."""
+        if self.ranges == "minmax":
+            return _ranges(found)[:, None]
+        assert found.highs is not None and found.lows is not None
+        return torch.stack([found.highs, found.lows])
 
     def _head_labels(self, place: Place, observed: Observed) -> Tensor:
         """Clusters inside each key-value head, int64 [kv heads, head_dim]."""
@@ -157,12 +173,14 @@ def _joint(ranges: Tensor) -> Tensor:
 def cluster_grid(ranges: Tensor, labels: Tensor, bits: int) -> StaticAsymmetric:
     """One grid per cluster, spread over its channels.
 
-    ranges [2, ..., channels] holds maxima and minima, labels [..., channels] clusters among the channels of a row.
+    ranges [2, windows, ..., channels] holds maxima and minima, labels [..., channels] clusters among the channels of a
+    row. Extremes of a cluster are taken in each window, then averaged over windows.
     """
     count = int(labels.max()) + 1
-    high = ranges.new_full((*labels.shape[:-1], count), -torch.inf).scatter_reduce(-1, labels, ranges[0], "amax")
-    low = ranges.new_full((*labels.shape[:-1], count), torch.inf).scatter_reduce(-1, labels, ranges[1], "amin")
-    high, low = high.gather(-1, labels), low.gather(-1, labels)
+    every = labels.expand_as(ranges[0])
+    high = ranges.new_full((*every.shape[:-1], count), -torch.inf).scatter_reduce(-1, every, ranges[0], "amax")
+    low = ranges.new_full((*every.shape[:-1], count), torch.inf).scatter_reduce(-1, every, ranges[1], "amin")
+    high, low = _decaying(high).gather(-1, labels), _decaying(low).gather(-1, labels)
     scale = ((high - low) / 2.0**bits).clamp(SMALLEST, LARGEST)
     zero = torch.round(-(high + low) / (2 * scale)).clamp(-LARGEST, LARGEST)
     # A pair of numbers for each cluster of a row, in the order of their first channels.
@@ -170,6 +188,14 @@ def cluster_grid(ranges: Tensor, labels: Tensor, bits: int) -> StaticAsymmetric:
     first = torch.cat([i * rows.shape[1] + _firsts(row) for i, row in enumerate(rows)]).to(scale.device)
     kept = (scale.reshape(-1)[first], zero.reshape(-1)[first].to(torch.int16), _map(labels, count))
     return StaticAsymmetric(bits=bits, scale=scale, zero=zero, kept=kept)
+
+
+def _decaying(windows: Tensor) -> Tensor:
+    """[windows, ...] -> [...]: starts at the first, to which each later one adds a hundredth of itself."""
+    average = windows[0]
+    for window in windows[1:]:
+        average = DECAY * average + (1 - DECAY) * window
+    return average
 
 
 def _firsts(labels: Tensor) -> Tensor:

@@ -27,12 +27,18 @@ class Statistic(enum.StrEnum):
     MEAN_ABS = "mean_abs"
     MAX_ABS = "max_abs"
     RANGE = "range"  # smallest and largest value of each feature
+    WINDOW_RANGES = "window_ranges"  # the same of each window of calibration text
+    HISTOGRAM = "histogram"  # how often each value occurs, rounded to bfloat16
     SENSITIVITY = "sensitivity"  # every number with its squared gradient; of keys and values only (layers/gradients)
 
     @property
     def fields(self) -> tuple[str, ...]:
         """Where `InputStatistics` has it."""
-        apart = {Statistic.RANGE: ("low", "high"), Statistic.SENSITIVITY: ("values", "sensitivity")}
+        apart = {
+            Statistic.RANGE: ("low", "high"),
+            Statistic.WINDOW_RANGES: ("lows", "highs"),
+            Statistic.SENSITIVITY: ("values", "sensitivity"),
+        }
         return apart.get(self, (self.value,))
 
 
@@ -51,6 +57,9 @@ class InputStatistics:
     max_abs: Tensor | None = None  # float32 [n]: largest |x|
     low: Tensor | None = None  # float32 [n]: smallest x
     high: Tensor | None = None  # float32 [n]: largest x
+    lows: Tensor | None = None  # float32 [windows, n]: smallest x of each window, in the order of the text
+    highs: Tensor | None = None  # float32 [windows, n]: largest x of each window
+    histogram: Tensor | None = None  # int64 [65536]: how many x there are of each bfloat16 pattern, see `patterns`
     values: Tensor | None = None  # [windows, length, n], in the model's dtype, in host memory: every x
     sensitivity: Tensor | None = None  # bfloat16, alike: the squared gradient of its window's loss
     divided: Tensor | None = None  # [n]: factors by which a transform has divided these features
@@ -111,14 +120,17 @@ def _panels(n: int) -> list[tuple[int, int]]:
 class Collector:
     """Accumulates statistics of one input over batches. Sums are plain, so shards could be added up."""
 
-    def __init__(self, wanted: frozenset[Statistic], tokens: int) -> None:
+    def __init__(self, wanted: frozenset[Statistic], tokens: int, length: int | None = None) -> None:
+        """Of `tokens` tokens in windows of `length`, by default all in one."""
         self.wanted = wanted
         self.stats = InputStatistics()
         self._share = SAMPLE_TOKENS / max(tokens, 1)
+        self._length = length or tokens
         self._samples: list[Tensor] = []
+        self._extremes: list[tuple[Tensor, Tensor]] = []
 
     def add(self, inputs: Tensor) -> None:
-        """inputs [..., n] in the model's dtype."""
+        """inputs [..., n] in the model's dtype; whole windows where their ranges are wanted."""
         x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         self.stats.tokens += len(x)
         if Statistic.HESSIAN in self.wanted:
@@ -140,6 +152,12 @@ class Collector:
             low, high = x.amin(0), x.amax(0)
             self.stats.low = low if self.stats.low is None else torch.minimum(self.stats.low, low)
             self.stats.high = high if self.stats.high is None else torch.maximum(self.stats.high, high)
+        if Statistic.WINDOW_RANGES in self.wanted:
+            windows = x.reshape(-1, min(self._length, len(x)), x.shape[1])  # some families drop the batch's dimension
+            self._extremes.append((windows.amin(1), windows.amax(1)))
+        if Statistic.HISTOGRAM in self.wanted:
+            counts = torch.bincount(x.bfloat16().view(torch.int16).flatten().long() + 2**15, minlength=2**16)
+            self.stats.histogram = counts if self.stats.histogram is None else self.stats.histogram + counts
         if Statistic.SAMPLE in self.wanted:
             ordinary = torch.nonzero(norms <= limit)[:, 0]
             count = max(1, round(self._share * len(x)))
@@ -155,7 +173,16 @@ class Collector:
                 whole = _mirrored(total) if total.dim() == 2 else total
                 setattr(self.stats, name, whole / self.stats.tokens)
         self.stats.sample = torch.cat(self._samples) if self._samples else None
+        if self._extremes:
+            self.stats.lows, self.stats.highs = (torch.cat(ends) for ends in zip(*self._extremes, strict=True))
         return self.stats
+
+
+def patterns(histogram: Tensor) -> tuple[Tensor, Tensor]:
+    """The values that occur in a histogram, float32 [k], and how often each does, int64 [k]."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=histogram.device).view(torch.bfloat16).float()
+    occurs = histogram > 0
+    return values[occurs], histogram[occurs]
 
 
 @contextlib.contextmanager

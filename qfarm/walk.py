@@ -78,7 +78,7 @@ class Walk:
 
     def __init__(self, loaded: LoadedModel, windows: Tensor, batch_tokens: int = BATCH_TOKENS) -> None:
         self.loaded = loaded
-        self.tokens = windows.numel()
+        self.tokens, self.length = windows.numel(), windows.shape[1]
         batch = max(1, batch_tokens // windows.shape[1])
         self.hidden: list[Tensor] = []
         self.keywords: list[list[dict[str, Any]]] = []  # [batch][block]
@@ -115,7 +115,7 @@ class Walk:
         self, index: int, layers: dict[tuple[str, ...], nn.Linear], wanted: frozenset[Statistic], *, keep_outputs: bool
     ) -> dict[tuple[str, ...], InputStatistics]:
         """Statistics of the inputs of some layers of a block; keep_outputs also advances, saving a pass."""
-        collectors = {key: Collector(wanted, self.tokens) for key in layers}
+        collectors = {key: Collector(wanted, self.tokens, self.length) for key in layers}
         # Without outputs a pass may end at its last input, which spares the block's last linear layer.
         feed = _Feed(collectors, stop=not keep_outputs)
         with contextlib.ExitStack() as stack:

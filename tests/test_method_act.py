@@ -176,13 +176,24 @@ def test_extremes_of_calibration() -> None:
     assert (quantize(inside) - inside).abs().le(step).all()
 
 
-def test_clipping_takes_the_sample_of_ordinary_tokens() -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("clip", ["percentile", "mse"])
+def test_clipping_of_a_tensor_takes_all_numbers_of_the_text(clip: str, symmetric: bool) -> None:
+    """Massive tokens included; what the same tensor gets at once from dynamic ranges."""
+    x = heavy(6, 5, 16).bfloat16()
+    x[3, 2] *= 100
+    options: dict[str, Any] = {"granularity": "tensor", "clip": clip, "symmetric": symmetric}
+    flat = x.reshape(-1, 16)
+    assert torch.equal(static(x, **options)(flat), dynamic(**options)(flat))
+
+
+def test_clipping_of_channels_takes_the_sample_of_ordinary_tokens() -> None:
     """One token a thousand times larger than the others decides the extremes, and nothing else."""
     x = noise(64, 8)
     x[7] *= 1000
     ordinary = torch.cat([x[:7], x[8:]])
-    fine = static(x, 8, granularity="tensor", clip="percentile", percentile=100.0)
-    coarse = static(x, 8, granularity="tensor")
+    fine = static(x, 8, granularity="channel", clip="percentile", percentile=100.0)
+    coarse = static(x, 8, granularity="channel")
     errors = [float((quantize(ordinary) - ordinary).square().mean()) for quantize in (fine, coarse)]
     assert errors[0] < 1e-3 < errors[1]
     assert fine(x[7:8]).abs().max() <= ordinary.abs().max() * 1.01

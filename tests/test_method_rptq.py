@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qfarm.errors import NonFinite
-from qfarm.inputs import InputStatistics, Statistic
+from qfarm.inputs import InputStatistics
 from qfarm.layers.observe import observe
 from qfarm.layers.sites import Place
 from qfarm.layers.static import StaticAsymmetric
@@ -24,13 +24,18 @@ from tests.test_models import loaded
 from tests.test_worker import Farm, make_job
 
 WINDOWS = torch.randint(0, 256, (6, 24), generator=torch.manual_seed(0))
-RANGE = frozenset({Statistic.RANGE})
+RANGE = RPTQ().statistics()
 every_family = pytest.mark.parametrize("family", TINY)
 
 
 def ranges_of(x: Tensor) -> Tensor:
     """x [tokens, channels] -> [2, channels]."""
     return torch.stack([x.amax(0), x.amin(0)])
+
+
+def as_one(ranges: Tensor) -> Tensor:
+    """[2, channels] -> [2, windows, channels] of one window."""
+    return ranges[:, None]
 
 
 def scaled(channels: int = 48, tokens: int = 400, seed: int = 0) -> Tensor:
@@ -50,16 +55,16 @@ def labels_of(ranges: Tensor, count: int) -> Tensor:
 
 def test_closed_form() -> None:
     """n = 4, range -1 .. 3: scale 1/4, zero -4; the upper end is clipped by one step."""
-    grid = cluster_grid(torch.tensor([[3.0], [-1.0]]), torch.zeros(1, dtype=torch.int64), 4)
+    grid = cluster_grid(as_one(torch.tensor([[3.0], [-1.0]])), torch.zeros(1, dtype=torch.int64), 4)
     assert (grid.scale.item(), grid.zero.item()) == (0.25, -4.0)
     assert [grid(torch.tensor([x])).item() for x in (-1.0, 3.0, 9.0, -9.0, 0.3)] == [-1.0, 2.75, 2.75, -1.0, 0.25]
     assert (grid.clipped.numbers, grid.clipped.beyond) == (5, 3)
 
 
 def test_scales_and_zeros_are_bounded() -> None:
-    narrow = cluster_grid(torch.tensor([[5.0], [5.0]]), torch.zeros(1, dtype=torch.int64), 8)
+    narrow = cluster_grid(as_one(torch.tensor([[5.0], [5.0]])), torch.zeros(1, dtype=torch.int64), 8)
     assert narrow.scale.item() == pytest.approx(1e-4) and narrow.zero.item() == -1e4
-    wide = cluster_grid(torch.tensor([[1e9], [0.0]]), torch.zeros(1, dtype=torch.int64), 8)
+    wide = cluster_grid(as_one(torch.tensor([[1e9], [0.0]])), torch.zeros(1, dtype=torch.int64), 8)
     assert wide.scale.item() == 1e4
 
 
@@ -74,9 +79,9 @@ def test_one_cluster_is_per_tensor_and_as_many_as_channels_is_per_channel(bits: 
         codes = np.clip(np.round(values.numpy() / scale) + zero, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         return torch.from_numpy((codes - zero) * scale)
 
-    whole = cluster_grid(ranges, labels_of(ranges, 1), bits)
+    whole = cluster_grid(as_one(ranges), labels_of(ranges, 1), bits)
     torch.testing.assert_close(whole(x), by_hand(x, float(x.min()), float(x.max())))
-    single = cluster_grid(ranges, labels_of(ranges, x.shape[1]), bits)
+    single = cluster_grid(as_one(ranges), labels_of(ranges, x.shape[1]), bits)
     columns = [by_hand(x[:, i : i + 1], float(x[:, i].min()), float(x[:, i].max())) for i in range(x.shape[1])]
     torch.testing.assert_close(single(x), torch.cat(columns, dim=1))
 
@@ -90,10 +95,10 @@ def test_it_is_permuting_rounding_side_by_side_and_permuting_back() -> None:
     moved, parts = x[:, order], []
     for part in torch.split(moved, counts.tolist(), dim=1):
         low_high = torch.stack([part.max().expand(1), part.min().expand(1)])
-        parts.append(cluster_grid(low_high, torch.zeros(1, dtype=torch.int64), bits)(part))
+        parts.append(cluster_grid(as_one(low_high), torch.zeros(1, dtype=torch.int64), bits)(part))
     back = torch.empty_like(x)
     back[:, order] = torch.cat(parts, dim=1)
-    assert torch.equal(cluster_grid(ranges_of(x), found, bits)(x), back)
+    assert torch.equal(cluster_grid(as_one(ranges_of(x)), found, bits)(x), back)
 
 
 def test_a_cluster_covers_its_channels_and_more_clusters_err_less() -> None:
@@ -101,13 +106,34 @@ def test_a_cluster_covers_its_channels_and_more_clusters_err_less() -> None:
     ranges, errors = ranges_of(x), []
     for count in (1, 2, 4, 8, 16, 48):
         found = labels_of(ranges, count)
-        grid = cluster_grid(ranges, found, 4)
+        grid = cluster_grid(as_one(ranges), found, 4)
         for one in range(int(found.max()) + 1):
             own = found == one
             width = ranges[0, own].max() - ranges[1, own].min()
             assert torch.allclose(grid.scale[own] * 16, width)
         errors.append(float((grid(x) - x).square().mean()))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.2 * errors[0]
+
+
+def test_ranges_decay_over_windows_after_channels_are_joined() -> None:
+    """Two channels of one cluster whose largest values are in different windows: the average is of the cluster's."""
+    highs, lows = torch.tensor([[4.0, 1.0], [1.0, 8.0], [2.0, 2.0]]), torch.tensor([[-1.0, 0.0]] * 3)
+    grid = cluster_grid(torch.stack([highs, lows]), torch.zeros(2, dtype=torch.int64), 4)
+    high = 0.99 * (0.99 * 4 + 0.01 * 8) + 0.01 * 2  # of channels apart it would be 3.95 at most
+    assert grid.scale.tolist() == pytest.approx([(high + 1) / 16] * 2)
+
+
+@every_family
+@pytest.mark.parametrize("batch_tokens", [24, 48, 4096])
+def test_ranges_of_windows_are_those_of_windows(model: LoadedModel, batch_tokens: int) -> None:
+    """In the order of the text, whatever shares a batch; families differ in how they hand inputs on."""
+    place = Place("linear_in", 1, "down")
+    found = observe(model, WINDOWS, RANGE, sites=RPTQ.observes, batch_tokens=batch_tokens)[place]
+    assert found.highs is not None and found.lows is not None and found.highs.shape[0] == len(WINDOWS)
+    for i, window in enumerate(WINDOWS):
+        alone = observe(model, window[None], RANGE, sites=RPTQ.observes)[place]
+        torch.testing.assert_close(found.highs[i], alone.high, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.lows[i], alone.low, rtol=1e-4, atol=1e-5)
 
 
 def test_probabilities_are_multiples() -> None:
@@ -183,9 +209,9 @@ def test_heads_and_their_groups(model: LoadedModel) -> None:
 @every_family
 def test_nothing_of_the_calibration_text_lies_below_a_grid_or_a_step_above_it(model: LoadedModel) -> None:
     """Keys of the text itself: only the last step of a range is clipped."""
-    observed = observe(model, WINDOWS, RANGE, sites=RPTQ.observes)
+    method, observed = RPTQ(ranges="minmax"), observe(model, WINDOWS, RANGE, sites=RPTQ.observes)
     for place in (Place("linear_in", 1, "down"), Place("linear_in", 1, "o"), Place("k", 1), Place("q", 1)):
-        grid, found = quantizer(RPTQ(), place, 8, observed), observed[place]
+        grid, found = quantizer(method, place, 8, observed), observed[place]
         assert found.low is not None and found.high is not None
         low, high = (end.reshape(grid.scale.shape) for end in (found.low, found.high))
         assert bool(((grid(low) - low).abs() <= 1.01 * grid.scale).all())
@@ -197,7 +223,8 @@ def test_what_queries_and_values_are_clustered_by() -> None:
     second, of queries the first channel from the others."""
 
     def stats(top: list[float], heads: int | None = None) -> InputStatistics:
-        return InputStatistics(high=torch.tensor(top), low=-torch.tensor(top), heads=heads)
+        high = torch.tensor(top)
+        return InputStatistics(high=high, low=-high, highs=high[None], lows=-high[None], heads=heads)
 
     o = Place("linear_in", 0, "o")
     observed = {

@@ -23,13 +23,13 @@ _IN_ATTENTION = ("q", "k", "v")
 class _Recorders:
     """Collectors at sites other than linear inputs; they listen while their block is the current one."""
 
-    def __init__(self, wanted: frozenset[Statistic], tokens: int) -> None:
-        self.wanted, self.tokens, self.current = wanted, tokens, -1
+    def __init__(self, wanted: frozenset[Statistic], windows: Tensor) -> None:
+        self.wanted, self.tokens, self.length, self.current = wanted, windows.numel(), windows.shape[1], -1
         self.collectors: dict[Place, Collector] = {}
 
     def at(self, place: Place, turn: Turn | None = None) -> Quantizer:
         """A function that returns what it is given, and remembers it, turned where its quantizer will see it so."""
-        collector = self.collectors[place] = Collector(self.wanted, self.tokens)
+        collector = self.collectors[place] = Collector(self.wanted, self.tokens, self.length)
 
         def listen(x: Tensor) -> Tensor:
             if self.current == place.layer:
@@ -65,7 +65,7 @@ def observe(
     wanted -= {Statistic.SENSITIVITY}
     if not wanted:
         return gradients
-    recorders = _Recorders(wanted, windows.numel())
+    recorders = _Recorders(wanted, windows)
     with loaded.temporary():
         for block in range(len(loaded.blocks)):
             turns = {} if block not in loaded.turns else dict.fromkeys(("q", "k"), loaded.turns[block])
