@@ -44,6 +44,9 @@ class CellWork:
     estimate_s: float | None = None  # expected seconds
     margin: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the job's, by measure, for the record
     share: tuple[str, ...] = ()  # statistics that this submission's cells of the same calibration ask for
+    shared: str = ""  # cells with the same key use the same statistics; "": none
+    gpus: float | None = None  # of a worker; None: as the job says
+    estimate_from: str | None = None  # where the expected seconds come from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,13 +70,22 @@ class Board:
         store_location: str,
         retries: int,
         data: str | None,
+        gpus: float = 0.0,
     ) -> None:
         self.emit = emit
         self.stopped: str | None = None
         self._store, self._job, self._location, self._data = store, job_name, store_location, data
         self._work: Mapping[str, CellWork] = {work.cell.cell_id: work for work in tasks}
         self._running: dict[str, _Attempt] = {}
-        plans = [CellPlan(cell=work.cell, needs_baseline=work.needs_baseline) for work in tasks]
+        plans = [
+            CellPlan(
+                cell=work.cell,
+                needs_baseline=work.needs_baseline,
+                shared=work.shared,
+                gpus=gpus if work.gpus is None else work.gpus,
+            )
+            for work in tasks
+        ]
         estimates = {cell_id: work.estimate_s for cell_id, work in self._work.items() if work.estimate_s is not None}
         self.scheduler = Scheduler(plans, retries=retries, estimates=estimates)
 
@@ -86,14 +98,14 @@ class Board:
             self.stopped = reason
             self.note(f"no more cells are started: {reason}; submit again to run the rest")
 
-    def next_task(self, worker: str) -> Task | None:
-        """A new attempt for an idle worker; None when nothing is ready or the job is stopping."""
+    def next_task(self, worker: str, *, gpus: float = 0.0, node: str | None = None) -> Task | None:
+        """A new attempt for an idle worker; None when nothing is ready for it or the job is stopping."""
         from qfarm.plan import Task  # brings models and texts along, which a driver's import must not pay
 
         if self.stopped is not None:
             return None
         now = time.monotonic()
-        cell = self.scheduler.ready(worker, now)
+        cell = self.scheduler.ready(worker, now, gpus=gpus, node=node)
         if cell is None:
             return None
         cell_id = cell.cell_id
@@ -111,9 +123,11 @@ class Board:
             shrink=self.scheduler.attempt(cell_id).shrink,
             share=self._work[cell_id].share,
             margin=self._work[cell_id].margin,
+            expected_s=self._work[cell_id].estimate_s,
+            expected_from=self._work[cell_id].estimate_from,
         )
         self._running[task.attempt_id] = _Attempt(cell_id=cell_id, started=utc_now(), began=now)
-        self.emit(Started(cell=cell, attempt=number, worker=worker))
+        self.emit(Started(cell=cell, attempt=number, worker=worker, expected_s=task.expected_s))
         return task
 
     def progressed(self, worker: str, task: Task, stage: str, done: int, total: int) -> None:
@@ -121,8 +135,9 @@ class Board:
         attempt = self._running.get(task.attempt_id)
         if attempt is None:
             return
-        self.scheduler.progressed(attempt.cell_id, time.monotonic())
-        if stage and attempt.progress != (stage, done, total):
+        moved = bool(stage) and attempt.progress != (stage, done, total)
+        self.scheduler.progressed(attempt.cell_id, worker, time.monotonic(), moved=moved)
+        if moved:
             attempt.progress = (stage, done, total)
             self.emit(Progressed(cell_id=attempt.cell_id, worker=worker, stage=stage, done=done, total=total))
 
@@ -145,10 +160,15 @@ class Board:
         """An exception left `run_cell`, which keeps a cell's failures to itself: a full store, or a mistake of ours."""
         if isinstance(error, StoreFull):
             attempt = self._running.pop(task.attempt_id)
-            self.scheduler.returned(attempt.cell_id, worker)
+            if not self.scheduler.closed(attempt.cell_id):
+                self.scheduler.returned(attempt.cell_id, worker)
             self.stop(one_line(str(error)))
         else:
             self.lost(worker, task, place, classify(error), one_line(error), trace)
+
+    def superseded(self, task: Task) -> bool:
+        """Whether a running attempt is of no use any more, since another copy of its cell has ended it."""
+        return task.attempt_id in self._running and self.scheduler.closed(task.cell.cell_id)
 
     def lost(self, worker: str, task: Task, place: Place, kind: Failure, error: str, trace: str | None) -> None:
         """An attempt ended without a record of its own, so it is recorded here."""
@@ -170,6 +190,8 @@ class Board:
             started=attempt.started,
             wall_s=time.monotonic() - attempt.began,
             stages="{}",
+            expected_s=task.expected_s,
+            expected_from=task.expected_from,
             provenance=json.dumps(_provenance()),
         )
         try:
@@ -182,6 +204,8 @@ class Board:
 
     def _fail(self, worker: str, task: Task, attempt: _Attempt, kind: Failure, error: str) -> None:
         cell = task.cell
+        if self.scheduler.closed(attempt.cell_id):  # by another copy, whose end has been told
+            return
         retry_in = self.scheduler.failed(attempt.cell_id, worker, kind, time.monotonic())
         self.emit(Failed(cell=cell, worker=worker, kind=kind, error=error, attempt=task.number, retry_in=retry_in))
         if retry_in is None and cell.is_baseline and any(self._needs(work, cell) for work in self._work.values()):

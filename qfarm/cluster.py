@@ -248,8 +248,9 @@ class Capacity:
 
     workers: int  # at most at once
     cpus: int  # per worker
-    gpus: float  # per worker
+    gpus: float  # per worker at most
     local: bool
+    room: float | None = None  # GPUs in all; None: the cluster may grow
 
 
 def capacity(local: bool, resources: Resources, note: Callable[[str], None]) -> Capacity:
@@ -262,6 +263,7 @@ def capacity(local: bool, resources: Resources, note: Callable[[str], None]) -> 
 
     gpus, cpus = resources.gpus, resources.cpus
     if not local:
+        _refuse_hopeless(cpus, gpus)
         return Capacity(workers=resources.workers or MAX_WORKERS, cpus=cpus, gpus=gpus, local=False)
     total = ray.cluster_resources()
     here_cpus, here_gpus = int(total.get("CPU", 1)), float(total.get("GPU", 0))
@@ -270,9 +272,34 @@ def capacity(local: bool, resources: Resources, note: Callable[[str], None]) -> 
     if cpus > here_cpus:
         note(f"the job asks for {cpus} CPUs per worker but this machine has {here_cpus}; using {here_cpus}")
         cpus = here_cpus
-    # The small addition is for sums like 3 * 0.1.
-    fit = min([here_cpus // cpus] + ([int(here_gpus / gpus + 1e-9)] if gpus else []))
-    return Capacity(workers=max(1, min(fit, resources.workers or fit)), cpus=cpus, gpus=gpus, local=True)
+    # The small addition is for sums like 3 * 0.1. With `gpu_memory` smaller cells share a GPU.
+    by_gpus = [int(here_gpus / gpus + 1e-9)] if gpus and resources.gpu_memory is None else []
+    fit = min([here_cpus // cpus, *by_gpus])
+    workers = max(1, min(fit, resources.workers or fit))
+    return Capacity(workers=workers, cpus=cpus, gpus=gpus, local=True, room=here_gpus)
+
+
+def _refuse_hopeless(cpus: int, gpus: float) -> None:
+    """Refuse workers that fit on no node of a cluster which cannot grow. Raises InvalidInput; they would wait for ever.
+
+    A cluster with an autoscaler says what it may grow to, and is believed where it says less than a worker needs.
+    """
+    import ray
+    from ray._private.state import state
+
+    wanted = {"CPU": float(cpus), "GPU": gpus}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
+        return
+    # A private call, as Ray's own libraries make it; {} or None where there is no autoscaler.
+    most = state.get_max_resources_from_cluster_config()
+    if most and all(most.get(name, 0) >= amount for name, amount in wanted.items()):
+        return
+    there = "; ".join(sorted({f"{node.get('CPU', 0):g} CPU(s) and {node.get('GPU', 0):g} GPU(s)" for node in nodes}))
+    raise InvalidInput(
+        f"a worker wants {cpus} CPU(s) and {gpus:g} GPU(s), but no node of this cluster has them, and it "
+        f"{'may not grow so far' if most else 'has no autoscaler'}; its nodes have {there or 'nothing'}"
+    )
 
 
 def lacking_gpu(gpus: float, here: float = 0) -> str:

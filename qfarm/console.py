@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self, TextIO
 
@@ -99,18 +99,24 @@ class _State:
         self.running: dict[tuple[str, str], _Running] = {}  # by cell and worker: a straggler's cell may run twice
         self.latest: collections.deque[str] = collections.deque(maxlen=LATEST)
         self._seconds = 0.0  # of all finished cells
+        self._expected_s: float | None = None  # of all cells; None: the plan expects nothing
+        self._expected: dict[str, float] = {}  # of cells that have begun
+        self._taken_s = self._foreseen_s = 0.0  # of finished cells that were expected to take some time
+        self._closed_s = 0.0  # expected of cells finished or given up
         self._seen: dict[str, float] = {}  # when a worker last had a cell
 
     def update(self, event: Event) -> tuple[str, str]:
         """Take an event in. Returns the word and the text to print for it; no text: nothing to say."""
         match event:
             case JobStarted():
-                self.began, self.cells = self.clock(), event.cells
+                self.began, self.cells, self._expected_s = self.clock(), event.cells, event.expected_s
                 before = f", {event.done_before:,} finished before" if event.done_before else ""
                 return "job", f"{event.job}: {plural(event.cells, 'cell')} to run{before}; results in {event.store}"
             case Started():
                 name = _name(event.cell)
                 self._seen[event.worker] = self.clock()
+                if event.expected_s is not None:
+                    self._expected[event.cell.cell_id] = event.expected_s
                 self.running[event.cell.cell_id, event.worker] = _Running(name, event.worker, self.clock())
                 again = f", attempt {event.attempt}" if event.attempt > 1 else ""
                 return "started", f"{name} on {event.worker}{again}"
@@ -133,13 +139,25 @@ class _State:
         remaining = self.cells - self.finished - self.failed
         if not self.finished or self.ended or remaining <= 0:
             return None
-        mean, now = self._seconds / self.finished, self.clock()
+        now = self.clock()
         begun = {cell_id: now - running.since for (cell_id, _), running in self.running.items()}
         waiting = max(0, remaining - len(begun))
-        work = waiting * mean + sum(max(0.0, mean - seconds) for seconds in begun.values())
+        work = self._work_expected(begun) if waiting or begun else 0.0
+        if work is None:
+            mean = self._seconds / self.finished
+            work = waiting * mean + sum(max(0.0, mean - seconds) for seconds in begun.values())
         workers = {worker for worker, seen in self._seen.items() if now - seen < IDLE_SECONDS}
         workers |= {running.worker for running in self.running.values()}
         return work / max(1, min(len(workers), remaining))
+
+    def _work_expected(self, begun: Mapping[str, float]) -> float | None:
+        """Seconds of one worker for what is left, by the plan and how wrong it was so far; None without a plan."""
+        if self._expected_s is None or not self._foreseen_s or not begun.keys() <= self._expected.keys():
+            return None
+        pace = self._taken_s / self._foreseen_s
+        ahead = sum(max(0.0, pace * self._expected[cell_id] - seconds) for cell_id, seconds in begun.items())
+        waiting_s = self._expected_s - self._closed_s - sum(self._expected[cell_id] for cell_id in begun)
+        return ahead + pace * max(0.0, waiting_s)
 
     def _progressed(self, event: Progressed) -> str:
         running = self.running.get((event.cell_id, event.worker))
@@ -155,6 +173,10 @@ class _State:
         self._seen[event.worker] = self.clock()
         self.finished += 1
         self._seconds += event.seconds
+        expected = self._expected.get(event.cell.cell_id, 0.0)
+        self._closed_s += expected
+        if expected:
+            self._taken_s, self._foreseen_s = self._taken_s + event.seconds, self._foreseen_s + expected
         figures = [f"{label} {_figure(label, value)}" for label, value in event.figures]
         figures.append(f"{number(event.linear_bits, 'bits')} bits")
         result = f"{_name(event.cell)}: {', '.join(figures)}, {duration(event.seconds)}"
@@ -167,6 +189,8 @@ class _State:
         if event.kind in _WORKER_GONE:
             del self._seen[event.worker]
         self.failed += event.retry_in is None
+        if event.retry_in is None:
+            self._closed_s += self._expected.get(event.cell.cell_id, 0.0)
         then = "given up" if event.retry_in is None else f"retry in {duration(event.retry_in)}"
         return f"{_name(event.cell)}: {event.kind}: {plain(event.error, ERROR_SHOWN)} (attempt {event.attempt}, {then})"
 

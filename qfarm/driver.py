@@ -41,6 +41,7 @@ class Settings:
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)  # extra environment of the workers
     poll_s: float = 0.25  # between two looks at progress
     silence_s: float = 300.0  # without a heartbeat for so long, a worker counts as hung
+    stall_s: float = 1800.0  # with heartbeats but without progress for so long at least, too
     runner: str = "qfarm.worker:run_cell"
     session: str = "qfarm.worker:Session"
 
@@ -113,7 +114,7 @@ def _run_here(board: Board, settings: Settings) -> None:
     run_cell = pkgutil.resolve_name(settings.runner)
     session = pkgutil.resolve_name(settings.session)(settings.data)
     while not board.scheduler.done and board.stopped is None:
-        task = board.next_task(place.worker)
+        task = board.next_task(place.worker, gpus=board.scheduler.most_gpus)
         if task is None:
             time.sleep(board.scheduler.next_due(time.monotonic()) or 0.0)
             continue
@@ -156,6 +157,7 @@ def _board(
         store_location=store_location,
         retries=settings.retries,
         data=settings.data,
+        gpus=settings.resources.gpus,
     )
 
 

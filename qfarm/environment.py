@@ -100,6 +100,11 @@ def peak_host_bytes() -> int | None:
     return _kibibytes("/proc/self/status", "VmHWM:")
 
 
+def resident_host_bytes() -> int | None:
+    """Resident memory of this process now; None where it is not known."""
+    return _kibibytes("/proc/self/status", "VmRSS:")
+
+
 def available_host_bytes() -> int | None:
     """Memory of this machine that can be had without swapping; None where it is not known."""
     return _kibibytes("/proc/meminfo", "MemAvailable:")

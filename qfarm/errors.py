@@ -78,6 +78,7 @@ class Failure(enum.StrEnum):
     NODE_DIED = "node_died"
     PREEMPTED = "preempted"
     HUNG = "hung"
+    SUPERSEDED = "superseded"  # another copy of the cell was first
     UNAVAILABLE = "unavailable"
     INVALID = "invalid"
     BUG = "bug"

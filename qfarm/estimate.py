@@ -2,7 +2,8 @@
 
 The arithmetic counts two floating-point operations per parameter and token for forwards, the calibration's passes,
 the second moments and the column loop, and divides by a rate: measured on this machine for CPU jobs, assumed for GPUs.
-It leaves out loading and kernels' start-up, so it is a lower bound in spirit.
+It leaves out loading and kernels' start-up, so it is a lower bound in spirit; where the store holds attempts that it
+was made for, it is multiplied by what it was wrong by there. `report.predicted` says how well expectations held.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 ASSUMED_GPU_RATE = 1.5e14  # operations per second of one GPU, about half of an A100's dense bfloat16 rate
 FACTOR_BYTES = 52  # per entry of a Hessian while it is factored: six float64 copies and the float32 sum
+# Of one GPU, that cells may share. A context and the allocator's slack are assumed to take as much beside.
+FRACTIONS = (0.125, 0.25, 0.5)
+CONTEXT_BYTES, SLACK = 1.5e9, 1.2
+RATES = ("assumed rate", "measured rate")
+RECENT = 200  # attempts that the arithmetic is corrected by
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -31,13 +37,13 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 class Estimate:
     seconds: float
     device_bytes: int
-    source: str  # "store", "measured rate", "assumed rate"
+    source: str  # "store", "measured rate", "assumed rate", each rate also with ", corrected"
 
 
 def machine_rate(gpus: float) -> tuple[float, str]:
     """Operations per second, and where that number comes from."""
     if gpus:
-        return ASSUMED_GPU_RATE * max(gpus, 1), "assumed rate"
+        return ASSUMED_GPU_RATE, RATES[0]
     import torch
 
     a = torch.randn(512, 512, dtype=torch.bfloat16)
@@ -46,7 +52,7 @@ def machine_rate(gpus: float) -> tuple[float, str]:
     while time.perf_counter() - started < 0.1:
         a @ a
         runs += 1
-    return 2 * 512**3 * runs / (time.perf_counter() - started), "measured rate"
+    return 2 * 512**3 * runs / (time.perf_counter() - started), RATES[1]
 
 
 Work = tuple[str, str, str, frozenset[str]]  # fingerprint, recipe, calibration, eval_ids: what takes equally long
@@ -57,18 +63,61 @@ def work(cell: Mapping[str, Any], eval_ids: Iterable[str]) -> Work:
     return (cell["fingerprint"], cell["recipe"], json.dumps(cell["calibration"], sort_keys=True), frozenset(eval_ids))
 
 
-def history(store: Store | None) -> dict[Work, float]:
-    """Median seconds of successful attempts, by the work they did."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class History:
+    """What a store's successful attempts tell of attempts to come."""
+
+    seconds: Mapping[Work, float]  # median
+    bytes: Mapping[Work, int]  # largest peak, of the GPU or of the process
+    corrections: Mapping[str, float]  # by model fingerprint: seconds taken per second of the arithmetic, median
+
+    def correction(self, fingerprint: str) -> float | None:
+        """Of the model, else of all models; None without attempts that the arithmetic was made for."""
+        if fingerprint in self.corrections:
+            return self.corrections[fingerprint]
+        return statistics.median(self.corrections.values()) if self.corrections else None
+
+
+NOTHING = History(seconds={}, bytes={}, corrections={})
+
+
+def history(store: Store | None, *, gpu: bool = False) -> History:
+    """`gpu`: memory is the device's, not the process's."""
     if store is None:
-        return {}
+        return NOTHING
     cells = store.read("cells", columns=["cell_id", "spec"]).to_pylist()
     specs = {row["cell_id"]: json.loads(row["spec"]) for row in cells}
     seconds: dict[Work, list[float]] = {}
-    for row in store.read("attempts", columns=["cell_id", "outcome", "wall_s", "evaluations"]).to_pylist():
-        if row["outcome"] == "ok" and row["cell_id"] in specs:
-            done = json.loads(row["evaluations"] or "[]")
-            seconds.setdefault(work(specs[row["cell_id"]], done), []).append(row["wall_s"])
-    return {key: statistics.median(values) for key, values in seconds.items()}
+    peaks: dict[Work, int] = {}
+    wrong: dict[str, list[float]] = {}
+    peak = "peak_gpu_bytes" if gpu else "peak_host_bytes"
+    columns = ["cell_id", "outcome", "wall_s", "evaluations", "started", "expected_s", "expected_from", peak]
+    rows = store.read("attempts", columns=columns).to_pylist()
+    for row in sorted(rows, key=lambda row: str(row["started"])):
+        if row["outcome"] != "ok" or row["cell_id"] not in specs:
+            continue
+        spec = specs[row["cell_id"]]
+        done = work(spec, json.loads(row["evaluations"] or "[]"))
+        seconds.setdefault(done, []).append(row["wall_s"])
+        peaks[done] = max(peaks.get(done, 0), row[peak] or 0)
+        if row["expected_s"] and row["expected_from"] in RATES:
+            wrong.setdefault(spec["fingerprint"], []).append(row["wall_s"] / row["expected_s"])
+    return History(
+        seconds={key: statistics.median(values) for key, values in seconds.items()},
+        bytes={key: value for key, value in peaks.items() if value},
+        corrections={key: statistics.median(values[-RECENT:]) for key, values in wrong.items()},
+    )
+
+
+def gpu_share(device_bytes: int, gpus: float, gpu_memory: float | None) -> float | None:
+    """GPUs of a worker for a cell: the smallest fraction in which it fits, None when `gpus` are too few for it.
+
+    `gpu_memory` is in GB of one GPU; without it every worker has `gpus`.
+    """
+    if gpu_memory is None or not gpus:
+        return gpus
+    need = (device_bytes * SLACK + CONTEXT_BYTES) / (gpu_memory * 1e9)
+    return next((share for share in (*FRACTIONS, gpus) if need <= share <= gpus), None)
 
 
 def estimate(
@@ -76,7 +125,7 @@ def estimate(
     cell: Cell,
     facts: ModelFacts,
     evaluators: Mapping[str, Any],
-    past: Mapping[Work, float],
+    past: History,
     rate: tuple[float, str],
 ) -> Estimate:
     """Seconds and device memory of one cell with these evaluations (by eval_id) still to run."""
@@ -95,6 +144,12 @@ def estimate(
         memory += tokens * hidden * size + FACTOR_BYTES * max(n for _, n in shapes) ** 2
     if "weight" in parse_scheme(cell.scheme).sites and cell.calibration:
         operations += layers * sum(2.0 * m * n * n for m, n in shapes)
-    known = past.get(work(dataclasses.asdict(cell), evaluators))
-    seconds = known if known is not None else operations / rate[0]
-    return Estimate(seconds=seconds, device_bytes=int(memory), source="store" if known is not None else rate[1])
+    same = work(dataclasses.asdict(cell), evaluators)
+    device_bytes = past.bytes.get(same, int(memory))
+    known = past.seconds.get(same)
+    if known is not None:
+        return Estimate(seconds=known, device_bytes=device_bytes, source="store")
+    seconds, correction = operations / rate[0], past.correction(cell.fingerprint)
+    if correction is None:
+        return Estimate(seconds=seconds, device_bytes=device_bytes, source=rate[1])
+    return Estimate(seconds=seconds * correction, device_bytes=device_bytes, source=f"{rate[1]}, corrected")

@@ -15,6 +15,7 @@ class JobStarted:
     store: str
     cells: int  # to run now
     done_before: int  # finished by earlier submissions
+    expected_s: float | None = None  # of all cells together on one worker
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class Started:
     cell: Cell
     attempt: int
     worker: str
+    expected_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

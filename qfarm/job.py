@@ -42,6 +42,15 @@ class Resources(pydantic.BaseModel):
     model_config = FORBID
     gpus: float = pydantic.Field(1, ge=0, le=1, allow_inf_nan=False)
     cpus: int = pydantic.Field(1, ge=1)
+    gpu_memory: float | None = pydantic.Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="GB of one GPU: small cells then share one, too large ones are refused",
+    )
+    price: float | None = pydantic.Field(
+        None, ge=0, allow_inf_nan=False, description="of one GPU, or of one worker without GPUs, per hour"
+    )
     workers: int | None = pydantic.Field(None, ge=1, description="at most so many workers; default: all that fit")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from qfarm.errors import Failure, JobError, Unavailable
-from qfarm.estimate import Estimate, estimate, history, machine_rate
+from qfarm.estimate import Estimate, estimate, gpu_share, history, machine_rate
 from qfarm.evaluate import Evaluator, eval_id
 from qfarm.job import Job
 from qfarm.matrix import Cell, Invalid, canonical_hash, expand
@@ -44,6 +44,8 @@ class Task:
     shrink: int = 0  # earlier attempts that ran out of memory: batches are halved so often
     margin: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the job's, by measure, for the record
     share: tuple[str, ...] = ()  # statistics to collect at once, for this cell and others of the same calibration
+    expected_s: float | None = None  # what the plan expects it to take, for the record
+    expected_from: str | None = None  # qfarm.estimate.Estimate.source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,7 @@ class PlannedCell:
     missing: tuple[EvaluationSpec, ...]  # evaluations still to run
     finished: tuple[EvaluationSpec, ...]  # evaluations that the store has
     estimate: Estimate
+    gpus: float  # of the worker that takes it
     skipped: tuple[EvaluationSpec, ...] = ()  # evaluations not to be run, since another one ended the cell early
 
     @property
@@ -121,8 +124,10 @@ def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisio
         _refuse_long_windows(job, cell, facts(cell.model))
     finished = store.finished_evaluations() if store else frozenset()
     quantized = store.finished_cells() if store else frozenset()
-    past, rate = history(store), machine_rate(job.file.resources.gpus)
-    planned = []
+    resources = job.file.resources
+    past, rate = history(store, gpu=resources.gpus > 0), machine_rate(resources.gpus)
+    planned: list[PlannedCell] = []
+    too_large: list[Invalid] = []
     ended = _ended_early(job, store, [cell.cell_id for cell in matrix.cells])
     notes |= dict.fromkeys(_false_stops(job, matrix.cells))
     with_kv = {cell.fingerprint for cell in matrix.cells if cell.quantizes_kv}
@@ -140,16 +145,26 @@ def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisio
         hopeless = any((cell.cell_id, spec.eval_id) in ended for spec in finished_specs)
         to_run = () if hopeless else lacking
         missing = {spec.eval_id: wanted[spec.eval_id][1] for spec in to_run}
+        expected = estimate(job, cell, facts(cell.model), missing, past, rate)
+        share = gpu_share(expected.device_bytes, resources.gpus, resources.gpu_memory)
+        if share is None and missing:
+            rule = (
+                f"needs about {expected.device_bytes / 1e9:.0f} GB, more than the {resources.gpus:g} GPU(s) of a worker"
+            )
+            too_large.append(Invalid(model=cell.model, label=cell.label, rule=rule))
+            continue
+        share = resources.gpus if share is None else share
         planned.append(
             PlannedCell(
                 cell=cell,
                 missing=to_run,
                 finished=finished_specs,
-                estimate=estimate(job, cell, facts(cell.model), missing, past, rate),
+                estimate=expected,
+                gpus=share,
                 skipped=lacking if hopeless else (),
             )
         )
-    return Plan(job=job, cells=tuple(planned), invalid=matrix.invalid, notes=(*matrix.notes, *notes))
+    return Plan(job=job, cells=tuple(planned), invalid=(*matrix.invalid, *too_large), notes=(*matrix.notes, *notes))
 
 
 def shares(cells: Iterable[Cell]) -> dict[str, tuple[str, ...]]:

@@ -59,6 +59,7 @@ class _Worker:
     name: str
     actor: Any
     answer: Any  # reference to the answer we wait for; None while there is none
+    gpus: float = 0.0
     hello: actors.Hello | None = None  # None until it has greeted
     task: Task | None = None
     ask_at: float | None = None  # when to ask a worker that could not be reached
@@ -93,7 +94,6 @@ class Pool:
         self._alone_since: float | None = time.monotonic()
         self._actor_class = ray.remote(actors.Worker).options(
             num_cpus=capacity.cpus,
-            num_gpus=capacity.gpus,
             max_restarts=0,
             max_task_retries=0,
             runtime_env={"env_vars": cluster.worker_environment(os.environ, settings.env, capacity.cpus)},
@@ -105,8 +105,10 @@ class Pool:
             self._hand_out()
             for worker in self._answered():
                 self._take(worker)
+            self._end_copies()
             self._read_inbox()
             self._end_silent()
+            self._end_stalled()
             self._complain()
 
     def close(self) -> None:
@@ -124,22 +126,38 @@ class Pool:
 
         On a cluster, actors that wait for a place are what its autoscaler sees.
         """
-        stopping = self._board.stopped is not None
-        wanted = 0 if stopping else min(self._limit, self._board.scheduler.counts.open)
-        surplus = len(self._workers) - wanted
-        if surplus > 0:
-            spare = sorted((w for w in self._workers if w.task is None), key=lambda w: w.hello is not None)
-            for worker in spare[:surplus]:
+        wanted = {} if self._board.stopped is not None else self._wanted()
+        have: dict[float, list[_Worker]] = {gpus: [] for gpus in wanted}
+        for worker in self._workers:
+            have.setdefault(worker.gpus, []).append(worker)
+        for gpus, workers in have.items():
+            # On a cluster an idle worker may still take a second copy of a straggler.
+            enough = wanted.get(gpus, 0) * (1 if self._capacity.local else 2)
+            spare = sorted((w for w in workers if w.task is None), key=lambda w: w.hello is not None)
+            for worker in spare[: max(0, len(workers) - enough)]:
                 self._dismiss(worker)
-        for _ in range(-surplus):
-            self._hire()
+            for _ in range(wanted.get(gpus, 0) - len(workers)):
+                self._hire(gpus)
 
-    def _hire(self) -> None:
+    def _wanted(self) -> dict[float, int]:
+        """How many workers of how many GPUs each: those with most first, for they are the hardest to place."""
+        left, room, wanted = self._limit, self._capacity.room, {}
+        for gpus, cells in self._board.scheduler.open_by_gpus.items():
+            count = min(left, cells)
+            if room is not None and gpus:
+                count = min(count, int(room / gpus + 1e-9))  # the small addition is for sums like 3 * 0.1
+                room -= count * gpus
+            left -= count
+            wanted[gpus] = count
+        return wanted
+
+    def _hire(self, gpus: float) -> None:
         settings = self._settings
         heartbeat_s = min(HEARTBEAT_S, settings.silence_s / HEARTBEATS)
-        actor = self._actor_class.remote(self._inbox, settings.runner, settings.session, settings.data, heartbeat_s)
-        answer = actor.hello.remote(tuple(self._departed), self._secrets, self._capacity.gpus > 0)
-        self._workers.append(_Worker(name=f"w{next(self._numbers)}", actor=actor, answer=answer))
+        actor_class = self._actor_class.options(num_gpus=gpus)
+        actor = actor_class.remote(self._inbox, settings.runner, settings.session, settings.data, heartbeat_s)
+        answer = actor.hello.remote(tuple(self._departed), self._secrets, gpus > 0)
+        self._workers.append(_Worker(name=f"w{next(self._numbers)}", actor=actor, answer=answer, gpus=gpus))
 
     def _dismiss(self, worker: _Worker) -> None:
         _kill(worker.actor)
@@ -150,12 +168,11 @@ class Pool:
 
     def _hand_out(self) -> None:
         for worker in self._workers:
-            if worker.idle:
-                task = self._board.next_task(worker.name)
-                if task is None:
-                    return
-                worker.task = task
-                worker.answer = worker.actor.run.remote(task)
+            if worker.idle and worker.hello is not None:
+                task = self._board.next_task(worker.name, gpus=worker.gpus, node=worker.hello.node_id)
+                if task is not None:
+                    worker.task = task
+                    worker.answer = worker.actor.run.remote(task)
 
     def _answered(self) -> list[_Worker]:
         """Workers whose answer has come, after a wait of one poll at most."""
@@ -200,7 +217,7 @@ class Pool:
             self._refuse(
                 worker,
                 InvalidInput(
-                    f"a worker on {hello.host} was given {self._capacity.gpus:g} GPU(s), but torch sees no CUDA device "
+                    f"a worker on {hello.host} was given {worker.gpus:g} GPU(s), but torch sees no CUDA device "
                     "there; install a CUDA build of torch on that machine"
                 ),
             )
@@ -312,13 +329,36 @@ class Pool:
             return  # the inbox did not answer, so nobody can tell
         names = self._silent()
         for worker in [worker for worker in self._workers if worker.name in names]:
-            assert worker.task is not None
             kind = kind_of_death(worker.hello, None)
             kind = Failure.HUNG if kind is Failure.WORKER_DIED else kind
-            task, worker.task = worker.task, None
-            text = f"no sign of life for {self._settings.silence_s:g} s"
-            self._board.lost(worker.name, task, worker.place, kind, text, None)
-            self._dismiss(worker)
+            self._end(worker, kind, f"no sign of life for {self._settings.silence_s:g} s")
+
+    def _end_stalled(self) -> None:
+        """A worker that gives signs of life but makes no progress hangs as well: a deadlock leaves its thread alive."""
+        if self._deaf or self._letters is not None and not ray.wait([self._letters], timeout=0)[0]:
+            return  # progress may lie unread
+        stalled = self._board.scheduler.stalled(time.monotonic(), self._settings.stall_s)
+        if not stalled:
+            return
+        self._empty_inbox()
+        limits = {
+            name: limit for _, name, limit in self._board.scheduler.stalled(time.monotonic(), self._settings.stall_s)
+        }
+        for worker in [worker for worker in self._workers if worker.name in limits and worker.task is not None]:
+            text = f"no progress for {limits[worker.name]:.0f} s, though the process lives"
+            self._end(worker, Failure.HUNG, text)
+
+    def _end_copies(self) -> None:
+        """Of a cell that ran twice, end the attempt that was not first."""
+        for worker in [w for w in self._workers if w.task is not None and self._board.superseded(w.task)]:
+            self._end(worker, Failure.SUPERSEDED, "another copy of the cell was first")
+
+    def _end(self, worker: _Worker, kind: Failure, text: str) -> None:
+        """Kill a worker in the middle of an attempt, which is recorded."""
+        assert worker.task is not None
+        task, worker.task = worker.task, None
+        self._board.lost(worker.name, task, worker.place, kind, text, None)
+        self._dismiss(worker)
 
     def _silent(self) -> set[str]:
         """Workers whose last sign of life that was read is too old."""

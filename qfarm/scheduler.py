@@ -3,7 +3,9 @@
 It is fed with events and times and answers with cells and delays; it starts nothing, waits for nothing and owns no
 clock, so the same code runs in a simulation with a thousand workers and behind Ray. The unit of affinity is the
 loaded model: moving a worker to another model costs a load, therefore a worker stays where it is while there is
-anything to do. Every event costs O(log n); stale entries of the heaps are dropped when they surface.
+anything to do; within a model it stays with the statistics that it has collected. When nothing is left to hand out, a
+cell that takes far longer than expected is given to an idle worker of another node as well, and the first result wins.
+Every event costs O(log n); stale entries of the heaps are dropped when they surface.
 """
 
 from __future__ import annotations
@@ -11,10 +13,16 @@ from __future__ import annotations
 import dataclasses
 import enum
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from qfarm.errors import Failure
 from qfarm.matrix import Cell
+
+HEDGE_FACTOR = 2.0  # times the expected seconds after which a second copy may run
+HEDGE_FLOOR_S = 60.0  # never before: shorter cells end sooner than a copy would help
+HEDGE_LOOK_S = 10.0  # between two looks for stragglers
+HEDGE_FINISHED = 3  # cells that must have shown how good expectations are
+STALL_FACTOR = 10.0  # times the expected seconds without any progress: the attempt hangs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +49,7 @@ RULES: dict[Failure, Rule] = {
     Failure.NODE_DIED: Rule(),
     Failure.HUNG: Rule(),
     Failure.PREEMPTED: Rule(charged=False, first_s=1.0),
+    Failure.SUPERSEDED: Rule(charged=False),
     # A hub that does not answer needs minutes rather than seconds.
     Failure.UNAVAILABLE: Rule(first_s=30.0, cap_s=600.0),
 }
@@ -52,6 +61,8 @@ class CellPlan:
 
     cell: Cell
     needs_baseline: bool = False  # an evaluation compares with the model's baseline, which still has to run
+    shared: str = ""  # cells with the same key use the same statistics of one worker; "": none
+    gpus: float = 0.0  # of a worker; only workers with exactly as many take the cell
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,17 +103,43 @@ class Counts:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
+class _Group:
+    """The cells of one model that share statistics."""
+
+    shared: str
+    queue: list[tuple[float, int, _Item]] = dataclasses.field(default_factory=list)  # longest first
+    workers: int = 0  # that have collected the statistics last
+
+    def first(self) -> tuple[float, int, _Item] | None:
+        """The longest ready cell."""
+        while self.queue and self.queue[0][2].state is not State.READY:
+            heapq.heappop(self.queue)
+        return self.queue[0] if self.queue else None
+
+
+@dataclasses.dataclass(slots=True, eq=False)
 class _Model:
-    """The cells of one model and the workers that hold it."""
+    """The cells of one model that want as many GPUs, and the workers that hold it."""
 
     order: int
+    gpus: float
     baseline: _Item | None = None
-    queue: list[tuple[bool, float, int, _Item]] = dataclasses.field(default_factory=list)
+    groups: dict[str, _Group] = dataclasses.field(default_factory=dict)
     blocked: list[_Item] = dataclasses.field(default_factory=list)
-    ready: int = 0  # items of the queue that are really ready
+    ready: int = 0
     pending_s: float = 0.0  # expected seconds of everything not started
     workers: int = 0
     stamp: int = 0  # of its newest entry in the ranking
+
+
+@dataclasses.dataclass(slots=True)
+class _Copy:
+    """A running attempt; a cell has more than one only while it is hedged."""
+
+    node: str | None
+    began: float
+    heard: float  # time of the last sign of life
+    moved: float  # time of the last progress
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -114,12 +151,12 @@ class _Item:
     order: int
     seconds: float  # expected
     model: _Model
+    group: _Group
     state: State = State.BLOCKED
-    worker: str | None = None
+    copies: dict[str, _Copy] = dataclasses.field(default_factory=dict)  # by worker
     number: int = 0
     charged: int = 0
     failures: dict[Failure, int] = dataclasses.field(default_factory=dict)
-    heard: float = 0.0  # time of the last sign of life
 
 
 class Scheduler:
@@ -134,31 +171,42 @@ class Scheduler:
     ) -> None:
         self._retries = retries
         self._items: dict[str, _Item] = {}
-        self._models: dict[tuple[str, str, str], _Model] = {}
+        self._models: dict[tuple[str, str, str, float], _Model] = {}
         self._held: dict[str, dict[str, _Item]] = {}  # running cells by worker
         self._home: dict[str, _Model] = {}  # the model that a worker has loaded
-        self._ranking: list[tuple[bool, float, int, int, _Model]] = []  # models with ready cells, most pressing first
+        self._group: dict[str, _Group] = {}  # the statistics that it has collected last
+        # Models with ready cells, most pressing first, by the GPUs of a worker.
+        self._ranking: dict[float, list[tuple[bool, float, int, int, _Model]]] = {}
         self._backoff: list[tuple[float, int, _Item]] = []
         self._count = dict.fromkeys(State, 0)
+        self._open: dict[float, int] = {}  # cells that are not closed, by GPUs
+        self._estimated = estimates is not None and len(estimates) > 0
+        self._taken_s = self._expected_s = 0.0  # of finished cells
+        self._look_at = 0.0  # when to look for stragglers again
         self._add(plans, dict(estimates or {}))
 
     def _add(self, plans: Sequence[CellPlan], estimates: dict[str, float]) -> None:
         unknown = sum(estimates.values()) / len(estimates) if estimates else 1.0
+        baselines: dict[tuple[str, str, str], _Item] = {}
         needy = set()
         for order, plan in enumerate(plans):
             cell, cell_id = plan.cell, plan.cell.cell_id
             assert cell_id not in self._items, f"cell {cell_id} is planned twice"
-            key = (cell.fingerprint, cell.tokenizer, cell.dtype)
-            model = self._models.setdefault(key, _Model(len(self._models)))
+            loaded = (cell.fingerprint, cell.tokenizer, cell.dtype)
+            model = self._models.setdefault((*loaded, plan.gpus), _Model(len(self._models), plan.gpus))
+            group = model.groups.setdefault(plan.shared, _Group(plan.shared))
             seconds = estimates.get(cell_id, unknown)
-            item = _Item(cell, cell_id, order, seconds, model)
+            item = _Item(cell, cell_id, order, seconds, model, group)
             self._items[cell_id] = item
             self._count[State.BLOCKED] += 1
+            self._open[plan.gpus] = self._open.get(plan.gpus, 0) + 1
             model.pending_s += seconds
             if cell.is_baseline:
-                model.baseline = item
+                baselines[loaded] = item
             elif plan.needs_baseline:
                 needy.add(cell_id)
+        for key, model in self._models.items():
+            model.baseline = baselines.get(key[:3])
         for item in self._items.values():
             if item.cell_id in needy and item.model.baseline is not None:
                 item.model.blocked.append(item)
@@ -175,12 +223,32 @@ class Scheduler:
         return Counts(**{state.name.lower(): number for state, number in self._count.items()})
 
     @property
+    def open_by_gpus(self) -> dict[float, int]:
+        """Cells that are not closed yet, by the GPUs of a worker that takes them; most GPUs first."""
+        return {gpus: count for gpus, count in sorted(self._open.items(), reverse=True) if count}
+
+    @property
+    def most_gpus(self) -> float:
+        """What a worker needs that takes the open cells which want most."""
+        return next(iter(self.open_by_gpus), 0.0)
+
+    @property
     def open_cells(self) -> tuple[Cell, ...]:
         return tuple(item.cell for item in self._items.values() if item.state not in CLOSED)
 
     @property
     def given_up(self) -> tuple[Cell, ...]:
         return tuple(item.cell for item in self._items.values() if item.state is State.GIVEN_UP)
+
+    @property
+    def pace(self) -> float | None:
+        """Seconds that cells took per second that was expected; None before enough of them have finished."""
+        enough = self._estimated and self._count[State.FINISHED] >= HEDGE_FINISHED and self._expected_s > 0
+        return self._taken_s / self._expected_s if enough else None
+
+    def closed(self, cell_id: str) -> bool:
+        """Finished or given up."""
+        return self._items[cell_id].state in CLOSED
 
     def attempt(self, cell_id: str) -> Attempt:
         item = self._items[cell_id]
@@ -195,25 +263,44 @@ class Scheduler:
 
     def silent(self, now: float, limit_s: float) -> list[tuple[str, str]]:
         """(cell_id, worker) of running cells without a sign of life for more than `limit_s` seconds."""
-        running = ((worker, item) for worker, held in self._held.items() for item in held.values())
-        return [(item.cell_id, worker) for worker, item in running if now - item.heard > limit_s]
+        return [(cell_id, worker) for cell_id, worker, _, copy in self._copies() if now - copy.heard > limit_s]
 
-    def ready(self, worker: str, now: float) -> Cell | None:
-        """The next cell for an idle worker, which it holds from now on; None when nothing is ready for anybody.
+    def stalled(self, now: float, floor_s: float) -> list[tuple[str, str, float]]:
+        """(cell_id, worker, limit in seconds) of running cells that live but make no progress.
+
+        The limit is ten times what the cell is expected to take in all, and `floor_s` at least: a stage may be long.
+        """
+        found = []
+        for cell_id, worker, item, copy in self._copies():
+            limit = floor_s
+            if self._estimated:
+                limit = max(limit, STALL_FACTOR * item.seconds * max(1.0, self.pace or 1.0))
+            if now - copy.moved > limit:
+                found.append((cell_id, worker, limit))
+        return found
+
+    def _copies(self) -> Iterator[tuple[str, str, _Item, _Copy]]:
+        for worker, held in self._held.items():
+            for item in held.values():
+                yield item.cell_id, worker, item, item.copies[worker]
+
+    def ready(self, worker: str, now: float, *, gpus: float = 0.0, node: str | None = None) -> Cell | None:
+        """The next cell for an idle worker, which it holds from now on; None when there is nothing for it.
 
         The worker's own model comes first. Otherwise models without a worker come before others, then the one with
-        the most expected work per worker. Within a model the baseline comes first, then the longest cell.
+        the most expected work per worker. Within a model the baseline comes first, then cells that use the statistics
+        that the worker has, then the longest cell of statistics that nobody has. When nothing is ready, a straggler
+        of another node.
         """
         self.tick(now)
         model = self._home.get(worker)
         if model is None or not model.ready:
-            model = self._most_pressing()
+            model = self._most_pressing(gpus)
             if model is None:
-                return None
+                return self._hedge(worker, now, gpus, node)
             self._settle(worker, model)
-        item = self._pop(model)
-        item.worker, item.heard = worker, now
-        self._held.setdefault(worker, {})[item.cell_id] = item
+        item = self._pop(worker, model)
+        self._hold(item, worker, now, node)
         self._change(item, State.RUNNING)
         return item.cell
 
@@ -221,31 +308,44 @@ class Scheduler:
         """The worker took the cell that `ready` gave it: a new attempt begins."""
         item = self._running(cell_id, worker)
         item.number += 1
-        item.heard = now
+        copy = item.copies[worker]
+        copy.began = copy.heard = copy.moved = now
 
-    def progressed(self, cell_id: str, now: float) -> None:
-        """A sign of life; late ones of cells that run no more are ignored."""
-        self._items[cell_id].heard = now
+    def progressed(self, cell_id: str, worker: str, now: float, *, moved: bool = True) -> None:
+        """A sign of life, with progress or without; late ones of attempts that run no more are ignored."""
+        copy = self._items[cell_id].copies.get(worker)
+        if copy is not None:
+            copy.heard = now
+            copy.moved = now if moved else copy.moved
 
     def finished(self, cell_id: str, worker: str, now: float) -> bool:
-        """Results of the cell are in the store, whoever made them. False when it was closed before."""
+        """Results of the cell are in the store, whoever made them. False when it was closed before.
+
+        Other copies of it are nobody's from here on: who runs them may end them.
+        """
         item = self._items[cell_id]
         if item.state in CLOSED:
             return False
+        copy = item.copies.get(worker)
+        if copy is not None:
+            self._taken_s += now - copy.began
+            self._expected_s += item.seconds
         self._close(item, State.FINISHED)
         return True
 
     def failed(self, cell_id: str, worker: str, kind: Failure, now: float) -> float | None:
-        """Seconds until the retry; None when the cell is given up."""
+        """Seconds until the retry, 0 while another copy of the cell runs on; None when the cell is given up."""
         item = self._running(cell_id, worker)
         rule = RULES[kind]
         item.failures[kind] = item.failures.get(kind, 0) + 1
         item.charged += rule.charged
+        self._release(item, worker)
+        if item.copies and rule.retry:
+            return 0.0
         if not rule.retry or item.charged > self._retries:
             self._close(item, State.GIVEN_UP)
             return None
         delay = rule.delay(item.failures[kind])
-        self._release(item)
         self._change(item, State.BACKOFF)
         heapq.heappush(self._backoff, (now + delay, item.order, item))
         return delay
@@ -254,8 +354,9 @@ class Scheduler:
         """The attempt ended for a reason that is not the cell's, and counts as if it had not been."""
         item = self._running(cell_id, worker)
         item.number -= 1
-        self._release(item)
-        self._change(item, State.READY)
+        self._release(item, worker)
+        if not item.copies:
+            self._change(item, State.READY)
 
     def lost(self, worker: str, now: float, preempted: bool) -> list[tuple[str, float | None]]:
         """The worker is gone: (cell_id, seconds until the retry or None) of each cell that it held."""
@@ -263,6 +364,9 @@ class Scheduler:
         held = list(self._held.get(worker, ()))
         delays = [(cell_id, self.failed(cell_id, worker, kind, now)) for cell_id in held]
         self._held.pop(worker, None)
+        group = self._group.pop(worker, None)
+        if group is not None:
+            group.workers -= 1
         model = self._home.pop(worker, None)
         if model is not None:
             model.workers -= 1
@@ -279,9 +383,45 @@ class Scheduler:
                 due.append(item.cell)
         return due
 
+    def _hedge(self, worker: str, now: float, gpus: float, node: str | None) -> Cell | None:
+        """A second copy of the cell that is latest, for a worker of another node.
+
+        On the same node it would share what makes the first slow, and its memory.
+        """
+        if now < self._look_at or node is None or self.pace is None:
+            return None
+        late: list[tuple[float, _Item]] = []
+        foreign = False
+        for _, _, item, copy in self._copies():
+            after = max(HEDGE_FLOOR_S, HEDGE_FACTOR * item.seconds * self.pace)
+            if len(item.copies) == 1 and item.model.gpus == gpus and now - copy.began > after:
+                if copy.node in (None, node):
+                    foreign = True
+                else:
+                    late.append((now - copy.began - after, item))
+        if not late:
+            if not foreign:  # else a worker of another node may take it now
+                self._look_at = now + HEDGE_LOOK_S
+            return None
+        item = max(late, key=lambda pair: (pair[0], -pair[1].order))[1]
+        if self._home.get(worker) is not item.model:
+            self._settle(worker, item.model)
+        self._hold(item, worker, now, node)
+        return item.cell
+
+    def _hold(self, item: _Item, worker: str, now: float, node: str | None) -> None:
+        item.copies[worker] = _Copy(node, now, now, now)
+        self._held.setdefault(worker, {})[item.cell_id] = item
+        group, old = item.group, self._group.get(worker)
+        if group.shared and group is not old:
+            if old is not None:
+                old.workers -= 1
+            group.workers += 1
+            self._group[worker] = group
+
     def _running(self, cell_id: str, worker: str) -> _Item:
         item = self._items[cell_id]
-        assert item.state is State.RUNNING and item.worker == worker, f"{cell_id} does not run on {worker}"
+        assert item.state is State.RUNNING and worker in item.copies, f"{cell_id} does not run on {worker}"
         return item
 
     def _change(self, item: _Item, state: State) -> None:
@@ -293,23 +433,28 @@ class Scheduler:
         self._count[state] += 1
         item.state = state
         if state is State.READY:
-            heapq.heappush(model.queue, (not item.cell.is_baseline, -item.seconds, item.order, item))
+            heapq.heappush(item.group.queue, (-item.seconds, item.order, item))
+        if state in CLOSED:
+            self._open[model.gpus] -= 1
         self._rank(model)
 
     def _close(self, item: _Item, state: State) -> None:
         """Finish an item or give it up. Either way nobody waits for a baseline any more."""
-        self._release(item)
+        for worker in list(item.copies):
+            self._release(item, worker)
         self._change(item, state)
-        if item is item.model.baseline:
-            waiting, item.model.blocked = item.model.blocked, []
-            for other in waiting:
-                if other.state is State.BLOCKED:
-                    self._change(other, State.READY)
+        if not item.cell.is_baseline:
+            return
+        for model in self._models.values():
+            if item is model.baseline:
+                waiting, model.blocked = model.blocked, []
+                for other in waiting:
+                    if other.state is State.BLOCKED:
+                        self._change(other, State.READY)
 
-    def _release(self, item: _Item) -> None:
-        if item.worker is not None:
-            self._held[item.worker].pop(item.cell_id, None)
-            item.worker = None
+    def _release(self, item: _Item, worker: str) -> None:
+        if item.copies.pop(worker, None) is not None:
+            self._held[worker].pop(item.cell_id, None)
 
     def _settle(self, worker: str, model: _Model) -> None:
         """The worker leaves its model and loads another."""
@@ -320,23 +465,30 @@ class Scheduler:
         self._home[worker] = model
         model.workers += 1
 
-    def _pop(self, model: _Model) -> _Item:
-        while True:
-            item = heapq.heappop(model.queue)[3]
-            if item.state is State.READY:
-                return item
+    def _pop(self, worker: str, model: _Model) -> _Item:
+        """The cell of this model, of which some are ready, that the worker takes."""
+        baseline = model.baseline
+        if baseline is not None and baseline.model is model and baseline.state is State.READY:
+            return baseline  # its entry in the queue is stale from now on
+        own = self._group.get(worker)
+        if own is not None and model.groups.get(own.shared) is own and (first := own.first()):
+            return first[2]
+        found = [(group.workers > 0, *first) for group in model.groups.values() if (first := group.first())]
+        return min(found, key=lambda entry: entry[:3])[3]
 
     def _rank(self, model: _Model) -> None:
         """Give the model a fresh place in the ranking; older entries of it are stale from now on."""
         model.stamp += 1
         if model.ready:
             share = model.pending_s / (model.workers + 1)
-            heapq.heappush(self._ranking, (model.workers > 0, -share, model.order, model.stamp, model))
+            entry = (model.workers > 0, -share, model.order, model.stamp, model)
+            heapq.heappush(self._ranking.setdefault(model.gpus, []), entry)
 
-    def _most_pressing(self) -> _Model | None:
-        while self._ranking:
-            *_, stamp, model = self._ranking[0]
+    def _most_pressing(self, gpus: float) -> _Model | None:
+        ranking = self._ranking.get(gpus, [])
+        while ranking:
+            *_, stamp, model = ranking[0]
             if model.ready and stamp == model.stamp:
                 return model
-            heapq.heappop(self._ranking)
+            heapq.heappop(ranking)
         return None

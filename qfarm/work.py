@@ -5,7 +5,7 @@ from __future__ import annotations
 from qfarm.board import CellWork
 from qfarm.evaluate import build_evaluator
 from qfarm.matrix import find_cell
-from qfarm.plan import Plan, shares
+from qfarm.plan import Plan, shares, statistics_key
 
 
 def open_work(plan: Plan, only: str | None = None) -> list[CellWork]:
@@ -23,7 +23,10 @@ def open_work(plan: Plan, only: str | None = None) -> list[CellWork]:
                 evaluations=planned.missing,
                 needs_baseline=compares and not planned.cell.is_baseline and planned.cell.fingerprint in baselines,
                 estimate_s=planned.estimate.seconds,
+                estimate_from=planned.estimate.source,
                 share=share.get(planned.cell.cell_id, ()),
+                shared=statistics_key(planned.cell) if planned.cell.cell_id in share else "",
+                gpus=planned.gpus,
                 margin={measure: margin.text for measure, margin in plan.job.margins.items()},
             )
         )

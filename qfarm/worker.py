@@ -43,6 +43,7 @@ from qfarm.windows import Rolling, Windows, calibration_windows, evaluation_wind
 Progress = Callable[[str, int, int], None]  # stage, done, total (0 = unknown)
 # Of a perplexity, between two runs of one cell: the most that another dtype moved one (bfloat16, ln PPL per window).
 RERUN_FLOOR = 0.003
+OFFLOAD_AFTER = 2  # attempts that ran out of memory
 
 
 class Session:
@@ -94,6 +95,7 @@ class Session:
         key = (cell.fingerprint, cell.tokenizer, cell.dtype)
         if self._key == key:
             self.loaded.restore()
+            self._offload_if_needed()
             return
         self._key, self._loaded, self._windows, self._shared = None, None, {}, {}
         self._observed = KeptObservations()
@@ -104,8 +106,16 @@ class Session:
         _require_same(f"tokenizer of {cell.model}", facts.tokenizer, cell.tokenizer)
         self._loaded = load(facts, cell.dtype, self.device)
         self._key = key
+        self._offload_if_needed()
         # Methods may replace the head's weight, but what compares with the baseline needs the original.
         self._head = (self._loaded.head.weight, self._loaded.head.bias)
+
+    def _offload_if_needed(self) -> None:
+        """Smaller batches were not enough: what only the next cell needs leaves the device."""
+        self.loaded.offload = self.shrink >= OFFLOAD_AFTER and self.device.type != "cpu"
+        if self.loaded.offload:
+            self._shared, self._observed = {}, KeptObservations()
+            self.note("original weights kept in the host's memory after running out of the device's")
 
     def baseline_head(self, hidden: Tensor) -> Tensor:
         """Logits of the original model for its final hidden states."""
@@ -264,6 +274,8 @@ def run_cell(task: Task, session: Session, report: Progress) -> Outcome:
             stages=json.dumps(clock.seconds),
             peak_host_bytes=environment.peak_host_bytes(),
             peak_gpu_bytes=torch.cuda.max_memory_allocated() if session.device.type == "cuda" else None,
+            expected_s=task.expected_s,
+            expected_from=task.expected_from,
             notes=json.dumps(session.notes),
             # A Ray worker's own command line says nothing, and may carry secrets of the cluster.
             provenance=json.dumps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import subprocess
@@ -166,6 +167,22 @@ def test_time_left_counts_workers_and_what_has_begun():
     watch.clock.now += 30
     # Mean (60 + 90) / 2; 7 wait, awq has had 30 of 75 s; two workers: (525 + 45) / 2.
     assert "about 4m 45s left" in watch(finished(two, seconds=90.0, worker="worker-1"))[0]
+
+
+def test_time_left_follows_what_the_plan_expects():
+    watch, one, two = Watch(), cell("rtn"), cell("gptq")
+    begun = [dataclasses.replace(started(one), expected_s=30.0)]
+    begun.append(dataclasses.replace(started(two, "worker-1"), expected_s=100.0))
+    watch(dataclasses.replace(job(cells=4), expected_s=330.0), *begun)
+    watch.clock.now += 60
+    # It took twice what was expected: gptq has 200 - 60 left, two waiting cells 2 * (330 - 30 - 100); two workers.
+    assert "about 4m 30s left" in watch(finished(one))[0]
+    watch(failed(two, retry_in=None, worker="worker-1"))
+    again = dataclasses.replace(started(cell("awq")), expected_s=150.0)
+    watch.clock.now += 100
+    # awq is expected to take 300, the last cell 2 * (330 - 30 - 100 - 150); two cells, and one worker seen lately.
+    assert "2 of 4 done" not in watch.text
+    assert watch(again) and watch.console.snapshot()["summary"].endswith("about 6m 40s left")
 
 
 @pytest.mark.parametrize(

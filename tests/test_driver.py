@@ -511,6 +511,128 @@ def test_a_new_worker_waits_for_the_process_before_it():
     assert not actors._alive(process.pid)
 
 
+@pytest.mark.parametrize(
+    ("node", "most", "fault"),
+    [
+        ({"CPU": 8.0, "GPU": 2.0}, None, None),
+        ({"CPU": 2.0}, {"CPU": 64, "GPU": 8}, None),  # an autoscaler may add such nodes
+        (
+            {"CPU": 2.0},
+            {"CPU": 64},
+            "wants 4 CPU\\(s\\) and 1 GPU\\(s\\), .* it may not grow so far; .* 2 CPU\\(s\\) and 0",
+        ),
+        ({"CPU": 8.0, "GPU": 0.5}, None, "has no autoscaler; its nodes have 8 CPU\\(s\\) and 0.5 GPU\\(s\\)"),
+    ],
+)
+def test_workers_that_fit_nowhere_are_refused_at_once(monkeypatch, node: dict, most: dict | None, fault: str | None):
+    from ray._private.state import state
+
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": node}, {"Alive": False, "Resources": {}}])
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: most)
+    with pytest.raises(InvalidInput, match=fault) if fault else contextlib.nullcontext():
+        cluster.capacity(False, Resources(gpus=1, cpus=4), pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("shares", "limit", "room", "expected"),
+    [
+        ((1.0, 1.0, 0.25, 0.25, 0.25), 9, 1.5, {1.0: 1, 0.25: 2}),
+        ((1.0, 1.0, 0.25, 0.25, 0.25), 9, None, {1.0: 2, 0.25: 3}),
+        ((1.0, 1.0, 0.25, 0.25, 0.25), 3, 8.0, {1.0: 2, 0.25: 1}),
+        ((0.1, 0.1, 0.1, 0.1), 9, 0.3, {0.1: 3}),
+        ((0.0, 0.0), 9, 0.0, {0.0: 2}),
+    ],
+)
+def test_larger_workers_come_first_and_never_more_than_fit(
+    shares: tuple, limit: int, room: float | None, expected: dict
+):
+    cells = [dataclasses.replace(one, gpus=gpus) for one, gpus in zip(work(*"abcde"), shares, strict=False)]
+    board = Board(cells, print, FakeStore(), job_name="j", store_location="/s", retries=1, data=None)
+    farmed = object.__new__(pool.Pool)
+    farmed._board, farmed._limit = board, limit
+    farmed._capacity = cluster.Capacity(workers=limit, cpus=1, gpus=1, local=room is not None, room=room)
+    assert farmed._wanted() == expected
+
+
+def hedged(monkeypatch, store: FakeStore, events: list[Event]) -> tuple[Board, Task, Task]:
+    """A board on which one cell runs twice."""
+    now = [1000.0]
+    monkeypatch.setattr("qfarm.board.time.monotonic", lambda: now[0])
+    cells = [dataclasses.replace(one, estimate_s=10.0) for one in work("a", "b", "c", "late")]
+    board = Board(cells, events.append, store, job_name="j", store_location="/s", retries=1, data=None)
+    first = {task.cell.model: task for task in (board.next_task(f"w{i}", node="n1") for i in range(4))}
+    now[0] += 10.0
+    for worker, model in (("w0", "a"), ("w1", "b"), ("w2", "c")):
+        board.ended(worker, first[model], outcome_of(first[model]))
+    now[0] += 100.0
+    assert board.next_task("w1", node="n1") is None  # on the same node as the straggler
+    second = board.next_task("w9", node="n2")
+    assert second.cell == first["late"].cell and second.number == 2
+    return board, first["late"], second
+
+
+def outcome_of(task: Task, failure: Failure | None = None) -> Outcome:
+    return Outcome(attempt_id=task.attempt_id, cell_id=task.cell.cell_id, failure=failure, error="as told", seconds=1.0)
+
+
+def test_of_two_copies_the_first_wins_and_the_other_leaves_a_row(monkeypatch):
+    store, events = FakeStore(), []
+    board, first, second = hedged(monkeypatch, store, events)
+    assert not board.superseded(first)
+    board.ended("w9", second, outcome_of(second))
+    assert board.superseded(first) and board.scheduler.done
+    farmed = object.__new__(pool.Pool)
+    farmed._board, farmed._departed = board, []
+    monkeypatch.setattr(pool.ray, "kill", lambda actor, no_restart: None)
+    farmed._workers = [pool._Worker(name="w3", actor=None, answer=None, hello=HELLO, task=first)]
+    farmed._end_copies()
+    assert farmed._workers == [] and not board.superseded(first)
+    [row] = store.rows
+    assert (row.outcome, row.number, row.expected_s) == ("superseded", 1, 10.0)
+    assert len([event for event in events if isinstance(event, Finished)]) == 4
+    assert [event for event in events if isinstance(event, Failed)] == []
+
+
+def test_a_late_answer_of_a_superseded_copy_changes_nothing(monkeypatch):
+    events: list[Event] = []
+    board, first, second = hedged(monkeypatch, FakeStore(), events)
+    board.ended("w9", second, outcome_of(second))
+    before = list(events)
+    board.ended("w3", first, outcome_of(first, Failure.OOM))
+    assert events == before and board.scheduler.counts.finished == 4
+
+
+def test_a_copy_that_fails_leaves_the_other_alone(monkeypatch):
+    events: list[Event] = []
+    board, first, second = hedged(monkeypatch, FakeStore(), events)
+    board.lost("w9", second, PLACE, Failure.WORKER_DIED, "gone", None)
+    assert events[-1].retry_in == 0.0 and board.scheduler.counts.running == 1
+    board.ended("w3", first, outcome_of(first))
+    assert board.scheduler.done and board.scheduler.counts.finished == 4
+
+
+def test_a_worker_that_lives_without_progress_counts_as_hung(monkeypatch):
+    events: list[Event] = []
+    board = make_board(FakeStore(), events)
+    task = board.next_task("w1")
+    board.progressed("w1", task, "quantize", 1, 8)
+    later = time.monotonic() + 100
+    monkeypatch.setattr(pool.time, "monotonic", lambda: later)
+    board.progressed("w1", task, "quantize", 1, 8)  # a heartbeat that says nothing new
+    monkeypatch.setattr(pool.ray, "kill", lambda actor, no_restart: None)
+    monkeypatch.setattr(pool.Pool, "_empty_inbox", lambda self: None)
+    farmed = object.__new__(pool.Pool)
+    farmed._board, farmed._deaf, farmed._letters, farmed._departed = board, False, None, []
+    farmed._workers = [pool._Worker(name="w1", actor=None, answer=None, hello=HELLO, task=task)]
+    for stall_s, hung in ((101.0, False), (99.0, True)):
+        farmed._settings = Settings(stall_s=stall_s)
+        farmed._end_silent()
+        farmed._end_stalled()
+        assert bool(farmed._workers) is not hung
+    [failed] = [event for event in events if isinstance(event, Failed)]
+    assert failed.kind is Failure.HUNG and failed.error == "no progress for 99 s, though the process lives"
+
+
 def make_board(store: FakeStore, events: list[Event], retries: int = 1) -> Board:
     return Board(work("a"), events.append, store, job_name="j", store_location="/s", retries=retries, data=None)
 
@@ -625,7 +747,7 @@ def test_a_machine_without_gpus_is_no_place_for_a_job_that_wants_one(monkeypatch
 
 
 def test_a_cluster_is_asked_for_as_many_as_it_may_grow_to(monkeypatch):
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}}])
     assert cluster.capacity(False, Resources(gpus=1, cpus=8), pytest.fail).workers == 64
     assert cluster.capacity(False, Resources(gpus=1, cpus=8, workers=500), pytest.fail).workers == 500
 

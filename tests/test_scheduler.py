@@ -1,35 +1,20 @@
 """The scheduler without Ray: rules per failure, order, baselines, and a simulated farm of a thousand workers."""
 
 import dataclasses
-import heapq
-import random
 import subprocess
 import sys
-import time
+from typing import Any
 
 import pytest
 
+from qfarm.bench.simulated import Farm, Report, Settings, plans_of, simulate, simulated_cell
 from qfarm.errors import Failure
 from qfarm.matrix import Cell
 from qfarm.scheduler import RULES, CellPlan, Scheduler
 
 
 def make_cell(number: int, model: str = "a", baseline: bool = False) -> Cell:
-    return Cell(
-        model=model,
-        fingerprint=f"fingerprint of {model}",
-        tokenizer="t",
-        dtype="float32",
-        recipe="baseline" if baseline else "rtn",
-        methods=(),
-        scheme="w16" if baseline else "w4",
-        group_size=-1,
-        symmetric=False,
-        scale_dtype="float16",
-        statistics=None,
-        calibration=None,
-        seed=None if baseline else number,
-    )
+    return simulated_cell(number, model, baseline)
 
 
 def plans(*cells: Cell, needy: bool = False) -> list[CellPlan]:
@@ -127,6 +112,96 @@ def test_another_models_baseline_blocks_nobody():
         retries=0,
     )
     assert {take(scheduler, "w1").model, take(scheduler, "w2").model} == {"a", "b"}
+
+
+def test_a_worker_stays_with_the_statistics_that_it_has():
+    cells = [make_cell(i) for i in range(6)]
+    seconds = {cell.cell_id: 10.0 - i for i, cell in enumerate(cells)}
+    work = [CellPlan(cell=cell, shared="ab"[i % 2]) for i, cell in enumerate(cells)]
+    scheduler = Scheduler(work, retries=0, estimates=seconds)
+    order = [take(scheduler, worker).seed for worker in ("w1", "w2", "w1", "w2", "w1", "w1")]
+    assert order == [0, 1, 2, 3, 4, 5]  # w1: a, w2: b, and in the end w1 takes what is left of b
+
+
+def test_a_new_worker_begins_with_statistics_that_nobody_has():
+    cells = [make_cell(i) for i in range(3)]
+    work = [CellPlan(cell=cell, shared=shared) for cell, shared in zip(cells, "aab", strict=True)]
+    scheduler = Scheduler(work, retries=0, estimates={cell.cell_id: 9.0 - i for i, cell in enumerate(cells)})
+    assert [take(scheduler, worker).seed for worker in ("w1", "w2", "w3")] == [0, 2, 1]
+    scheduler.lost("w1", 0.0, preempted=True)
+    assert take(scheduler, "w4", 99.0).seed == 0
+
+
+def test_workers_take_only_cells_of_their_own_size():
+    small, large = make_cell(0), make_cell(1)
+    scheduler = Scheduler([CellPlan(cell=small, gpus=0.25), CellPlan(cell=large, gpus=2.0)], retries=0)
+    assert scheduler.open_by_gpus == {2.0: 1, 0.25: 1} and scheduler.most_gpus == 2.0
+    assert scheduler.ready("w1", 0.0, gpus=1.0) is None
+    assert scheduler.ready("w2", 0.0, gpus=0.25) == small
+    assert scheduler.ready("w3", 0.0, gpus=2.0) == large
+    scheduler.finished(large.cell_id, "w3", 1.0)
+    assert scheduler.open_by_gpus == {0.25: 1}
+
+
+def test_a_baseline_of_another_size_is_waited_for_all_the_same():
+    baseline, cell = make_cell(0, baseline=True), make_cell(0)
+    work = [CellPlan(cell=baseline, gpus=0.5), CellPlan(cell=cell, needs_baseline=True, gpus=1.0)]
+    scheduler = Scheduler(work, retries=0)
+    assert scheduler.ready("w1", 0.0, gpus=1.0) is None
+    assert scheduler.ready("w2", 0.0, gpus=0.5) == baseline
+    scheduler.finished(baseline.cell_id, "w2", 1.0)
+    assert scheduler.ready("w1", 1.0, gpus=1.0) == cell
+
+
+def straggling(finished: int = 3, expected: float = 100.0) -> tuple[Scheduler, list[Cell]]:
+    """Cells that took twice what was expected, and one more that runs on node n1 since time 0."""
+    cells = [make_cell(i) for i in range(finished + 1)]
+    scheduler = Scheduler(plans(*cells), retries=1, estimates={cell.cell_id: expected for cell in cells})
+    for i, cell in enumerate(cells):
+        assert scheduler.ready(f"w{i}", 0.0, node="n1") == cell
+        scheduler.started(cell.cell_id, f"w{i}", 0.0)
+    for i, cell in enumerate(cells[:-1]):
+        scheduler.finished(cell.cell_id, f"w{i}", 2 * expected)
+    return scheduler, cells
+
+
+def test_a_straggler_gets_a_second_copy_on_another_node():
+    scheduler, (*_, late) = straggling()
+    assert scheduler.pace == 2.0
+    assert scheduler.ready("w0", 401.0, node="n1") is None  # its own node
+    assert scheduler.ready("v", 400.0, node="n2") is None  # twice 200 s are not over
+    assert scheduler.ready("v", 401.0 + 10, node="n2") == late
+    assert scheduler.ready("u", 402.0 + 20, node="n3") is None  # two copies are enough
+    scheduler.started(late.cell_id, "v", 411.0)
+    assert scheduler.finished(late.cell_id, "v", 500.0)
+    assert not scheduler.finished(late.cell_id, "w3", 501.0)
+    assert scheduler.done and scheduler.counts.finished == 4
+
+
+@pytest.mark.parametrize(("finished", "expected"), [(2, 100.0), (3, 5.0)])
+def test_no_copies_before_expectations_are_known_or_of_short_cells(finished: int, expected: float):
+    scheduler, _ = straggling(finished, expected)
+    assert scheduler.ready("v", 59.0 if expected < 100 else 9999.0, node="n2") is None
+
+
+def test_a_cell_is_given_up_only_when_both_copies_have_failed():
+    scheduler, (*_, late) = straggling()
+    assert scheduler.ready("v", 500.0, node="n2") == late
+    scheduler.started(late.cell_id, "v", 500.0)
+    assert scheduler.failed(late.cell_id, "w3", Failure.BUG, 600.0) == 0.0
+    assert scheduler.counts.running == 1
+    assert scheduler.failed(late.cell_id, "v", Failure.BUG, 700.0) is None
+    assert scheduler.given_up == (late,)
+
+
+def test_life_without_progress_ends_at_ten_times_what_was_expected():
+    scheduler, (*_, late) = straggling()
+    scheduler.progressed(late.cell_id, "w3", 300.0)
+    scheduler.progressed(late.cell_id, "w3", 9000.0, moved=False)
+    assert scheduler.silent(9001.0, 10.0) == []
+    assert scheduler.stalled(300.0 + 2000.0, 60.0) == []  # 10 x 100 s at the pace of 2
+    assert scheduler.stalled(300.0 + 2001.0, 60.0) == [(late.cell_id, "w3", 2000.0)]
+    assert scheduler.stalled(300.0 + 2001.0, 5000.0) == []
 
 
 def fail_until_given_up(kind: Failure, retries: int, limit: int = 12) -> list[float]:
@@ -254,7 +329,7 @@ def test_silence_is_measured_from_the_last_sign_of_life():
     scheduler = Scheduler(plans(*cells), retries=1)
     take(scheduler, "w1", 0.0)
     take(scheduler, "w2", 0.0)
-    scheduler.progressed(cells[1].cell_id, 8.0)
+    scheduler.progressed(cells[1].cell_id, "w2", 8.0)
     assert scheduler.silent(10.0, 10.0) == []
     assert scheduler.silent(11.0, 10.0) == [(cells[0].cell_id, "w1")]
 
@@ -264,122 +339,59 @@ def test_the_same_cell_twice_is_our_mistake():
         Scheduler(plans(make_cell(0), make_cell(0)), retries=0)
 
 
-@dataclasses.dataclass
-class Farm:
-    """A simulated farm: every worker fails and is preempted at random, and comes back at once under a new name."""
-
-    scheduler: Scheduler
-    seconds: dict[str, float]
-    workers: int
-    chance: random.Random
-    fail: float  # chance of a charged failure per attempt
-    preempt: float
-    now: float = 0.0
-    busy_s: float = 0.0
-    loads: int = 0  # times a worker had to load a model
-    ended: list[tuple[str, bool]] = dataclasses.field(default_factory=list)  # cell id, finished
-    started: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    closed_at: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    def run(self) -> float:
-        """Until nothing is left; returns the makespan in simulated seconds."""
-        idle = [f"w{i}" for i in range(self.workers)]
-        running: list[tuple[float, int, str, str, str]] = []  # end, tie, worker, cell, how it ends
-        model_of: dict[str, str] = {}
-        serial = self.workers
-        while not self.scheduler.done:
-            while idle and (cell := take(self.scheduler, idle[-1], self.now)):
-                worker, cell_id = idle.pop(), cell.cell_id
-                self.loads += model_of.get(worker) != cell.model
-                model_of[worker] = cell.model
-                self.started.setdefault(cell_id, []).append(self.now)
-                draw, seconds = self.chance.random(), self.seconds[cell_id]
-                end = "fail" if draw < self.fail else "preempt" if draw < self.fail + self.preempt else "finish"
-                seconds *= 1.0 if end == "finish" else self.chance.random()
-                self.busy_s += seconds
-                heapq.heappush(running, (self.now + seconds, len(self.started), worker, cell_id, end))
-            due = self.scheduler.next_due(self.now)
-            if due is not None and (not running or self.now + due < running[0][0]) and idle:
-                self.now += due
-                continue
-            self.now, _, worker, cell_id, end = heapq.heappop(running)
-            if end == "finish":
-                assert self.scheduler.finished(cell_id, worker, self.now)
-                self.close(cell_id, True)
-            elif end == "fail":
-                if self.scheduler.failed(cell_id, worker, Failure.BUG, self.now) is None:
-                    self.close(cell_id, False)
-            else:
-                [(lost, delay)] = self.scheduler.lost(worker, self.now, preempted=True)
-                assert lost == cell_id and delay is not None
-                serial += 1
-                worker = f"w{serial}"
-            idle.append(worker)
-        return self.now
-
-    def close(self, cell_id: str, finished: bool) -> None:
-        self.ended.append((cell_id, finished))
-        self.closed_at[cell_id] = self.now
+def simulated(models: int, cells: int, workers: int, seed: int, **changes: Any) -> tuple[Report, Farm]:
+    """Without changes nothing fails, nobody straggles and nobody is taken away."""
+    calm = Settings(models=models, cells=cells, workers=workers, seed=seed, fail=0.0, preempt=0.0, straggle=0.0)
+    return simulate(dataclasses.replace(calm, **changes))
 
 
-def simulate(
-    models: int, cells: int, workers: int, seed: int, fail: float = 0.05, preempt: float = 0.05
-) -> tuple[Farm, float, list[CellPlan]]:
-    chance = random.Random(seed)
-    work = [CellPlan(cell=make_cell(0, f"m{i}", baseline=True)) for i in range(models)]
-    for i in range(cells - models):
-        cell = make_cell(i, f"m{chance.randrange(models)}")
-        work.append(CellPlan(cell=cell, needs_baseline=chance.random() < 0.5))
-    seconds = {plan.cell.cell_id: chance.uniform(100, 900) for plan in work}
-    estimates = {cell_id: value * chance.uniform(0.9, 1.1) for cell_id, value in seconds.items()}
-    scheduler = Scheduler(work, retries=3, estimates=estimates)
-    farm = Farm(scheduler, seconds, workers, chance, fail, preempt)
-    return farm, farm.run(), work
-
-
-@pytest.mark.parametrize(("models", "workers", "seed"), [(20, 1000, 0), (20, 1000, 1), (1, 1000, 2), (300, 37, 3)])
-def test_simulated_farm_with_failures_and_preemptions(models: int, workers: int, seed: int):
-    farm, makespan, work = simulate(models, 5000, workers, seed)
-    by_id = {plan.cell.cell_id: plan for plan in work}
-    assert sorted(cell_id for cell_id, _ in farm.ended) == sorted(by_id)  # each exactly once
-    counts = farm.scheduler.counts
-    assert counts.finished == sum(finished for _, finished in farm.ended)
-    assert counts.finished + counts.given_up == len(work) and counts.open == 0
-    assert counts.finished > 0.99 * len(work)
-    baselines = {plan.cell.model: plan.cell.cell_id for plan in work if plan.cell.is_baseline}
-    for cell_id, plan in by_id.items():
+@pytest.mark.parametrize(("models", "workers", "seed"), [(20, 200, 0), (1, 200, 2), (100, 37, 3)])
+def test_simulated_farm_in_which_everything_goes_wrong(models: int, workers: int, seed: int):
+    chances = {"fail": 0.05, "preempt": 0.05, "straggle": 0.005}
+    report, farm = simulated(models, 3000, workers, seed, **chances, retries=3)
+    plans, _, _ = plans_of(report.settings)
+    assert set(farm.accepted.values()) == {1} and len(farm.accepted) == report.finished  # each exactly once
+    assert report.finished + report.given_up == 3000 == len(farm.closed) and report.given_up < 10
+    assert farm.scheduler.counts.open == 0 and report.attempts > 1.08 * 3000
+    baselines = {plan.cell.model: plan.cell.cell_id for plan in plans if plan.cell.is_baseline}
+    for plan in plans:
         if plan.needs_baseline:
-            assert farm.started[cell_id][0] >= farm.closed_at[baselines[plan.cell.model]]
-    # A cell that fails at the very end has to run again whatever the schedule: the last few may be one cell late.
-    bound = 1.1 * farm.busy_s / workers
-    late = sum(closed > bound for closed in farm.closed_at.values())
-    assert late <= 0.01 * len(work) and makespan <= bound + max(farm.seconds.values())
-    preempted = sum(len(starts) for starts in farm.started.values()) - len(work)
-    assert farm.loads <= workers + preempted + 2 * models + 0.1 * len(work)
+            assert farm.started[plan.cell.cell_id] >= farm.closed[baselines[plan.cell.model]]
+    lost = report.attempts - 3000
+    assert report.loads <= workers + lost + 2 * models + 0.1 * 3000
 
 
-@pytest.mark.parametrize(("models", "workers"), [(1, 1000), (20, 1000), (300, 37), (37, 300), (2000, 100)])
+@pytest.mark.parametrize(("models", "workers"), [(1, 200), (20, 200), (60, 7), (7, 60), (400, 20)])
 def test_makespan_is_near_the_lower_bound(models: int, workers: int):
-    farm, makespan, work = simulate(models, 5000, workers, seed=5, fail=0.0, preempt=0.0)
-    assert len(farm.ended) == len(work)
-    assert makespan <= 1.1 * farm.busy_s / workers
+    report, _ = simulated(models, 1000, workers, seed=5)
+    longest = report.settings.longest_s
+    assert report.ratio <= 1.05 or report.makespan_s <= report.bound_s + 0.5 * longest
+    assert report.finished == 1000 and report.hedged == 0
+
+
+def test_second_copies_shorten_the_wait_for_stragglers():
+    slow = {"straggle": 0.01}
+    with_copies, farm = simulated(5, 1000, 100, 3, **slow)
+    without, _ = simulated(5, 1000, 100, 3, **slow, hedge=False)
+    assert with_copies.hedged > 0 and without.hedged == 0
+    assert with_copies.makespan_s < 0.8 * without.makespan_s
+    assert set(farm.accepted.values()) == {1} and with_copies.finished == 1000
 
 
 def test_cost_grows_with_the_cells_and_not_with_their_square():
     def cost(cells: int) -> float:
-        began = time.process_time()
-        simulate(50, cells, 1000, seed=4)
-        return time.process_time() - began
+        report, _ = simulated(50, cells, 200, seed=4)
+        return report.setup_s + report.scheduler_s
 
-    small, large = cost(3_000), cost(24_000)
+    small, large = cost(500), cost(4_000)
     assert large < 24 * small  # 8 times is linear, 64 times would be quadratic
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_cells():
-    farm, makespan, work = simulate(50, 100_000, 1000, seed=4)
-    assert farm.scheduler.done and len(farm.ended) == len(work)
-    assert makespan <= 1.1 * farm.busy_s / 1000
+def test_a_hundred_thousand_cells_on_a_thousand_workers():
+    report, farm = simulate(Settings())
+    assert farm.scheduler.done and report.finished + report.given_up == 100_000
+    assert report.ratio <= 1.05
 
 
 def test_importing_the_scheduler_loads_neither_ray_nor_torch():

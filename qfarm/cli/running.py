@@ -142,7 +142,14 @@ def _submit_here(
     with Console() as console, Beacon(store.location, console) as beacon:
         done = len(planned.cells) - len(work) if only is None else 0
         beacon.handle(
-            JobStarted(job=job.file.name, where=where, store=store.location, cells=len(work), done_before=done)
+            JobStarted(
+                job=job.file.name,
+                where=where,
+                store=store.location,
+                cells=len(work),
+                done_before=done,
+                expected_s=sum(one.estimate_s or 0.0 for one in work),
+            )
         )
         for invalid in planned.invalid[:INVALID_SHOWN]:
             beacon.handle(Note(text=f"not run: {invalid.label}: {invalid.rule}"))

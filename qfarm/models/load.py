@@ -40,6 +40,7 @@ class LoadedModel:
         # made for inputs as they are.
         self.input_factors: dict[tuple[int, str], Tensor] = {}
         self.stored_beside = 0  # bytes that a transform needs beside the parameters
+        self.offload = False  # keep originals of replaced linear weights in the host's memory
         self._parameters: int = sum(p.numel() for p in model.parameters())
         self._undo: list[Callable[[], object]] = []
         self._replaced: set[tuple[nn.Module, str]] = set()  # parameters whose originals are kept
@@ -125,9 +126,15 @@ class LoadedModel:
         original = getattr(module, name)
         assert isinstance(original, nn.Parameter)
         if (module, name) not in self._replaced:
-            self.on_restore(functools.partial(setattr, module, name, original))
+            if self.offload and isinstance(module, nn.Linear) and module is not self.head:
+                self.on_restore(functools.partial(self._bring_back, module, name, original.data.to("cpu")))
+            else:
+                self.on_restore(functools.partial(setattr, module, name, original))
             self._replaced.add((module, name))
         setattr(module, name, nn.Parameter(values.to(original.dtype), requires_grad=False))
+
+    def _bring_back(self, module: nn.Module, name: str, values: Tensor) -> None:
+        setattr(module, name, nn.Parameter(values.to(self.device), requires_grad=False))
 
     def on_restore(self, undo: Callable[[], object]) -> None:
         """Have something undone by `restore`, the latest first. Called right before or after a change is made."""

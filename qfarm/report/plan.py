@@ -75,9 +75,11 @@ def _total(plan: Plan, missing: list[PlannedCell]) -> str:
         return "nothing to run: every result is in the store"
     resources = plan.job.file.resources
     seconds = sum(planned.estimate.seconds for planned in missing)
+    gpu_hours = sum(planned.estimate.seconds * planned.gpus for planned in missing) / 3600
     sources = sorted({planned.estimate.source for planned in missing})
-    unit = (
-        f"{seconds * resources.gpus / 3600:.3g} GPU-hours" if resources.gpus else f"{duration(seconds)} of one worker"
-    )
+    unit = f"{gpu_hours:.3g} GPU-hours" if resources.gpus else f"{duration(seconds)} of one worker"
+    if resources.price is not None:
+        hours = gpu_hours if resources.gpus else seconds / 3600
+        unit += f", {hours * resources.price:.2f} at {resources.price:g} per hour"
     memory = size(max(planned.estimate.device_bytes for planned in missing))
     return f"about {unit} (estimated from: {', '.join(sources)}), memory of one worker: {memory}"

@@ -99,6 +99,8 @@ def _terminal(results: Results, width: int) -> Iterator[RenderableType]:
         yield Text("no finished evaluations")
     for line in failures(results.failed):
         yield Text(line, style="red" if line.startswith(" ") else "bold", overflow="fold")
+    if results.predicted:
+        yield Text(results.predicted, style="dim", overflow="fold")
 
 
 def _grid(columns: Sequence[Column], rows: Sequence[Any], width: int) -> RichTable:
@@ -149,6 +151,8 @@ def _markdown(results: Results) -> Iterator[str]:
     if lines:
         yield f"\n### {_escaped(lines[0])}\n"
         yield from (f"- {_escaped(line.strip())}" for line in lines[1:])
+    if results.predicted:
+        yield f"\n{_escaped(results.predicted)}"
 
 
 def _markdown_grid(columns: Sequence[Column], rows: Sequence[Any]) -> Iterator[str]:

@@ -39,6 +39,8 @@ class Attempt:
     wall_s: float
     notes: str  # JSON list
     provenance: str  # JSON
+    expected_s: float | None = None  # by the plan
+    expected_from: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,7 @@ class FailedCell:
 class Results:
     tables: tuple[Table, ...]
     failed: tuple[FailedCell, ...]
+    predicted: str = ""  # how well the plan's expectations of time held; empty: not known
 
 
 def headline(metrics: Mapping[str, MetricRow]) -> MetricRow | None:

@@ -15,6 +15,7 @@ from qfarm.report.family import judged
 from qfarm.report.figures import plural
 from qfarm.report.floors import NOT_KNOWN, Baseline, NumericFloor, numeric_floors
 from qfarm.report.pairs import NO_MEAN, Key, Pairing, Readable, Target, pair_with_baselines
+from qfarm.report.predicted import predicted
 from qfarm.report.protocols import differing_keys, flatten
 from qfarm.report.rows import (
     ID_SHOWN,
@@ -60,7 +61,7 @@ def load(store: Readable, margins: Mapping[str, Margin] | None = None) -> Result
         _judged(table, floors.get((table.fingerprint, table.eval_id)), by_attempt, margins or {}) for table in tables
     ]
     failed = failed_cells(cells, attempts, {(metric.cell_id, metric.eval_id) for metric in metrics})
-    return Results(tables=tuple(_with_protocol_remarks(tables)), failed=tuple(failed))
+    return Results(tables=tuple(_with_protocol_remarks(tables)), failed=tuple(failed), predicted=predicted(attempts))
 
 
 def target_of(metrics: Iterable[MetricRow], reference: str | None = None) -> Target:
