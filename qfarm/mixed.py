@@ -51,6 +51,12 @@ class MixedWeight:
     def group_size(self) -> int:
         return -1
 
+    @property
+    def payload_bits(self) -> float:
+        """Bits per weight of the codes of both parts."""
+        parts = [self.low] if self.high is None else [self.low, self.high]
+        return sum(part.bits * part.shape[1] for part in parts) / self.shape[1]
+
     def dequantize(self) -> Tensor:
         low = self.low.dequantize()
         if self.high is None:

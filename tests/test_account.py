@@ -48,6 +48,11 @@ def test_bits_at_linear_inputs(model: LoadedModel) -> None:
     # At least 8 bits at inputs that a norm makes.
     assert installed(model, "rptq", "a4kv4").activation_bits == (8 * (64 + 64) + 4 * (64 + 128)) / CHANNELS
     model.restore()
+    # An eighth of what is not the input of down has 8 bits.
+    assert installed(model, "resq", "w4a4").activation_bits == (4.5 * 3 * 64 + 4 * 128) / CHANNELS
+    model.restore()
+    assert installed(model, "resq", "w4a3", fraction=0.25).activation_bits == (4.25 * 3 * 64 + 3 * 128) / CHANNELS
+    model.restore()
     assert installed(model, "crossquant", "a4").activation_bits == 4
     model.restore()
     assert installed(model, "crossquant", "a4", remove_only=True).activation_bits == 16

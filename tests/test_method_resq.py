@@ -23,6 +23,7 @@ from qfarm.mixed import MixedGrid, MixedWeight, high_columns
 from qfarm.models.architecture import linear_shapes
 from qfarm.models.load import LoadedModel
 from qfarm.plan import statistics_key
+from qfarm.quantized import payload_bits
 from qfarm.quantizer import Grid
 from qfarm.recipe import parse_recipe
 from qfarm.scheme import parse_scheme
@@ -157,7 +158,9 @@ def test_bits_of_a_large_model() -> None:
         made = ResQ().provide(Grid(bits=4), role, 128).nearest(torch.zeros(1, columns))
         scales = 16 * (1 if made.high is None else 2)
         stored += rows * made.stored_bytes() * 8
-        payload += rows * (made.stored_bytes() * 8 - scales)
+        assert payload_bits(made) * columns == made.stored_bytes() * 8 - scales
+        assert payload_bits(made) == (4 if role == "down" else 4.5)
+        payload += rows * columns * payload_bits(made)
         weights += rows * columns
     assert payload / weights == pytest.approx(4.365, abs=1e-3) and stored / weights == pytest.approx(4.371, abs=1e-3)
 
@@ -289,6 +292,9 @@ def test_the_worker_runs_it_far_ahead_of_rounding_to_nearest(tmp_path: Path) -> 
     linear = row["linear_bytes"] - plain["linear_bytes"]
     assert row["model_bytes"] - plain["model_bytes"] == extra + linear
     assert rows["resq", "w4"]["model_bytes"] == row["model_bytes"] - 2 * (16 * 16 + 2)
+    # By block: 64 x (64 + 2 x 32 + 64 + 2 x 128) weights in two widths and 64 x 128 in one; inputs of 3 x 64 and 128.
+    assert row["payload_bits"] == pytest.approx((4.5 * 448 + 4 * 128) / 576, rel=1e-12)
+    assert row["activation_bits"] == (4.5 * 192 + 4 * 128) / 320 and plain["activation_bits"] == 4
     layers = [layer for layer in farm.table("layers") if layer["cell_id"] == row["cell_id"]]
     assert {layer["solver"] for layer in layers} == {"resq"}
     notes = {entry["label"]: json.loads(entry["notes"]) for entry in farm.table("attempts")}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qfarm.layers.cache import QuantizedLayer, extend
 from qfarm.layers.packing import pack_codes, unpack_codes
-from qfarm.layers.rtn import TINY, Quantizer
+from qfarm.layers.rtn import TINY
 
 FLATTEST = 2.0**-14  # smallest step, as a fraction of the largest |x|
 ZERO_BITS = {True: torch.uint8, False: torch.int16}  # storage of z, by whether the range goes through zero
@@ -71,9 +71,14 @@ class ClippedAsymmetric:
 class TwoWidths:
     """Rows whose leading numbers are on one grid, and their last `fraction` on another."""
 
-    low: Quantizer
-    high: Quantizer
+    low: ClippedAsymmetric
+    high: ClippedAsymmetric
     fraction: float
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits per number of a row that the fraction is a whole number of."""
+        return self.low.bits + self.fraction * (self.high.bits - self.low.bits)
 
     def __call__(self, x: Tensor) -> Tensor:
         split = x.shape[-1] - high_count(self.fraction, x.shape[-1])
