@@ -12,7 +12,7 @@ from rich.text import Text
 from qfarm.report.render import terminal_text
 
 if TYPE_CHECKING:
-    from qfarm.bench import tasks
+    from qfarm.bench import matrix, tasks
     from qfarm.bench.methods import MethodResult, Report
 
 COLUMNS = (
@@ -42,8 +42,16 @@ TASK_LEGEND = (
     "ratio: lm-eval's seconds / ours with the preparation, above 1 = faster."
 )
 
+MATRIX_COLUMNS = ("way", "wall s", "ratio", "cpu s", "ratio", "peak MiB", "tokens read", "tokens/s", "x floor")
+MATRIX_LEGEND = (
+    "farm: workers share the model, tokens, statistics and the baseline; alone: they forget everything between cells; "
+    "fresh: one process per cell, one after the other, with all cores. Ratios are to the first. tokens read: passed "
+    "through the whole decoder, evaluation and calibration; x floor: wall seconds / the seconds that the operations "
+    "which must be done take at the measured rate of matrix products. Peak: sum over processes, shared pages in each."
+)
 
-def render_json(report: Report | tasks.Report) -> str:
+
+def render_json(report: Report | tasks.Report | matrix.Report) -> str:
     return json.dumps(dataclasses.asdict(report), indent=2) + "\n"
 
 
@@ -88,6 +96,37 @@ def render_tasks(report: tasks.Report, width: int, color: bool = False) -> str:
     return terminal_text(
         [Text(what), Text(_where(report.machine) + "\n"), table, Text("\n" + TASK_LEGEND)], width, color
     )
+
+
+def render_matrix(report: matrix.Report, width: int, color: bool = False) -> str:
+    """The ways side by side, with what was run and the floor."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in MATRIX_COLUMNS:
+        table.add_column(name, justify="left" if name == "way" else "right", overflow="fold")
+    for result in report.results:
+        table.add_row(
+            result.way,
+            f"{result.wall_s:.1f}",
+            f"{result.wall_ratio:.2f}",
+            f"{result.cpu_s:.1f}",
+            f"{result.cpu_ratio:.2f}",
+            _mebibytes(result.peak_bytes),
+            f"{result.tokens:,.0f}",
+            f"{result.tokens_per_s:,.0f}",
+            f"{result.floor_ratio:.2f}",
+        )
+    settings = report.settings
+    what = (
+        f"{settings.model}: {report.cells} cells, {settings.text} {settings.length} x{settings.windows}, calibration "
+        f"{settings.calibration} {settings.calibration_length} x{settings.samples}, {settings.statistics}, "
+        f"{settings.dtype}; {report.workers} workers; rounds: {settings.rounds}"
+    )
+    floor = (
+        f"floor: {report.operations:.3g} operations / {report.rate:.3g} per second = {report.floor_s:.1f} s; "
+        f"largest difference of a perplexity between ways: {report.largest_difference:.1e}"
+    )
+    lines = [Text(what), Text(_where(report.machine) + "\n"), table, Text("\n" + floor), Text(MATRIX_LEGEND)]
+    return terminal_text(lines, width, color)
 
 
 def _where(machine: dict[str, Any]) -> str:

