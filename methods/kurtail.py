@@ -11,7 +11,7 @@ rotations, the fuse and the quantizers are SpinQuant's (arXiv 2503.01483).
 
 Stored: as QuaRot.
 
-**Only the abstract of the paper could be read**: that rotations are learned layer by layer to lower kurtosis, for 4-bit
+Only the abstract of the paper could be read: that rotations are learned layer by layer to lower kurtosis, for 4-bit
 weights, activations and KV cache. The target, the distance, kappa per token, the optimiser, its rate and the number of
 steps are this file's; so whether it differs from the authors' recipe cannot be said. Published: perplexity 15.5 % below
 QuaRot and 2.9 % below SpinQuant, without the models in the abstract.
@@ -34,7 +34,7 @@ from qfarm.inputs import InputStatistics, Statistic
 from qfarm.layers.sites import Observed, Place
 from qfarm.models.load import LoadedModel
 from qfarm.recipe import STRICT
-from qfarm.rotation import FOLDED, Rotation, hadamard_turn, online_notes, turn_keys
+from qfarm.rotation import FOLDED, Rotation, online_notes, turn_keys_by_hadamard
 
 UNIFORM = 1.8  # kurtosis of the uniform distribution
 MOMENTS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, as usual
@@ -49,7 +49,7 @@ class KurTail(Rotation):
 
     steps: int = Field(100, ge=0, description="of descent; 0: random Hadamard matrices as they are drawn")
     rows: int = Field(64, ge=1, description="tokens of each input per step")
-    rate: float = Field(0.01, gt=0, description="largest step, before it is divided by the direction's norm")
+    rate: float = Field(0.01, gt=0, description="longest step, where 1 / ||W||_1 is not shorter still")
     target: float = Field(UNIFORM, ge=1, description="kurtosis aimed at; 1.8 is that of uniform numbers")
     squared: bool = Field(False, description="squared distance from the target instead of the absolute one")
 
@@ -71,10 +71,9 @@ class KurTail(Rotation):
             down=Hadamard(linears["down"].in_features),
         )
         notes = [f"kurtosis of inputs {before:.3f} -> {after:.3f}, of values {value_before:.3f} -> {value_after:.3f}"]
-        notes += online_notes(loaded, bases)
+        notes += [f"hidden states start at: {Hadamard(inputs.shape[-1]).how}", *online_notes(loaded, bases)]
         Fusion(loaded).install(bases)
-        turn_keys(loaded, [hadamard_turn(loaded)] * len(loaded.blocks))
-        return notes
+        return [*notes, turn_keys_by_hadamard(loaded)]
 
     def loss(self, samples: Tensor, rotation: Tensor) -> Tensor:
         """The distance from the target for each sample [samples, rows, n], rotated by [samples or 1, n, n]."""

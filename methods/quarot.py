@@ -46,7 +46,7 @@ from qfarm.layers.rtn import Quantizer
 from qfarm.layers.sites import Observed, Place
 from qfarm.models.load import LoadedModel
 from qfarm.recipe import STRICT
-from qfarm.rotation import Rotation, hadamard_turn, online_notes, turn_keys
+from qfarm.rotation import Rotation, online_notes, turn_keys_by_hadamard
 
 SYMMETRIC_CLIP = 0.9  # tuned by the authors for symmetric 4-bit grids; it hurts asymmetric ones
 
@@ -78,8 +78,7 @@ class QuaRot(Rotation):
         if not heads.exact:
             notes.append(f"{heads.size} heads have no Hadamard matrix: they are not mixed")
         Fusion(loaded).install(bases)
-        turn_keys(loaded, [hadamard_turn(loaded)] * len(loaded.blocks))
-        return notes
+        return [*notes, turn_keys_by_hadamard(loaded)]
 
     def _how(self, size: int) -> str:
         return f"orthogonal {size}" if self.mode == "random" else Hadamard(size).how

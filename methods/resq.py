@@ -28,11 +28,11 @@ Published W4A4KV4, WikiText-2, Llama-3 8B / 70B, Llama-3.2 1B / 3B: 7.1 / 4.1 / 
 / 9.2; full precision 6.1 / 2.9 / 9.7 / 7.5. 512 windows of WikiText for the bases, 128 for GPTQ.
 
 Differences from utkarsh-dmx/project-resq: embeddings are not centred where norms are RMS norms; the width of heads is
-the configuration's; columns of o stay where they are, with the finer ones marked, instead of being moved to the end,
-which changes no number; GPTQ may use any order of columns (`gptq: {act_order: false}` is theirs), since scales are
-fixed before the loop; moments are accumulated in float32, eigenvectors found in float64; the bases come from the job's
-calibration text; codes of weights are +-7 and +-127; bases per layer, trained rotations and int8_down_proj are not
-offered.
+the configuration's; columns of o stay where they are, with the finer ones marked, instead of being moved to the end, so
+that GPTQ comes to them in another order; any will do (`gptq: {act_order: false}` is theirs but for that), since scales
+are fixed before the loop; moments are accumulated in float32, eigenvectors found in float64 (their signs are the
+library's, so last digits differ between machines); the bases come from the job's calibration text; codes of weights are
++-7 and +-127; bases per layer, trained rotations and int8_down_proj are not offered.
 """
 
 from __future__ import annotations
@@ -120,8 +120,7 @@ class ResQ(Rotation, GridProvider):
             width = loaded.head_dim
             numbers = len(loaded.blocks) * width * width
             extra = numbers + 2 * len(loaded.blocks) if self.pre_rotation_8bit else 4 * numbers
-            loaded.on_restore(functools.partial(setattr, loaded, "stored_beside", loaded.stored_beside))
-            loaded.stored_beside += extra
+            loaded.store_beside(extra)
             notes.append(f"U_C of all layers: {extra} bytes, counted in the model's")
         return notes
 
@@ -140,7 +139,7 @@ class ResQ(Rotation, GridProvider):
         high = high_count(self.fraction, len(total))
         share = float(variances[len(total) - high :].sum() / variances.sum())
         notes = [f"hidden states: {high} of {len(total)} directions hold {share:.1%} of the second moment"]
-        notes += online_notes(loaded, bases)[:-1]
+        notes += online_notes(loaded, bases)
         Fusion(loaded).install(bases)
         turn_keys(loaded, [self.turn(matrix) for matrix in keys])
         return notes

@@ -22,9 +22,10 @@ FlatQuant's README 5.96 / 5.24 / 3.70 / 7.39 / 6.21, from the released code up t
 2048 tokens of WikiText-2.
 
 Differences from facebookresearch/SpinQuant: embeddings are not centred where norms are RMS norms; the bias of v is
-rotated; the Cayley transform is solved exactly and rotations are made orthogonal once more before the fuse; rounded
-weights have no searched range while learning; one cache grid per head; the text is the job's. The variant without
-online rotations is not offered.
+rotated; the Cayley transform is solved exactly and rotations are made orthogonal once more before the fuse; while
+learning weights are fused in float32, and rounded ones are symmetric per row without a searched range, whatever grid
+the job has; one cache grid per head; the text is the job's, its windows in turn, again from the first where the steps
+need more. The variant without online rotations is not offered.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from qfarm.layers.rtn import Symmetric
 from qfarm.layers.sites import Observed, Place
 from qfarm.models.load import LoadedModel
 from qfarm.recipe import STRICT
-from qfarm.rotation import Rotation, hadamard_turn, online_notes, turn_keys
+from qfarm.rotation import Rotation, hadamard_turn, online_notes, turn_keys_by_hadamard
 from qfarm.scheme import UNTOUCHED, Scheme
 
 
@@ -60,7 +61,7 @@ class SpinQuant(Rotation):
 
     steps: int = Field(100, ge=0, description="of descent; 0: random Hadamard matrices as they are drawn")
     batch: int = Field(8, ge=1, description="calibration windows per step")
-    rate: float = Field(1.5, gt=0, description="largest step, before it is divided by the direction's norm")
+    rate: float = Field(1.5, gt=0, description="longest step, where 1 / ||W||_1 is not shorter still")
     round_weights: bool = Field(False, description="round weights while learning, for rounding to nearest")
 
     @property
@@ -75,11 +76,12 @@ class SpinQuant(Rotation):
     ) -> list[str]:
         linears, width, blocks = loaded.linears(0), loaded.head_dim, len(loaded.blocks)
         draw = torch.Generator().manual_seed(seed)
-        stream = random_hadamard(linears["q"].in_features, draw)
+        hidden = linears["q"].in_features
+        stream = random_hadamard(hidden, draw)
         values = torch.stack([random_hadamard(width, draw) for _ in range(blocks)])
         heads, down = linears["v"].out_features // width, Hadamard(linears["down"].in_features)
         made = Bases(stream=stream, down=down)
-        notes = online_notes(loaded, made)
+        notes = [f"hidden states start at: {Hadamard(hidden).how}", *online_notes(loaded, made)]
         fusion = Fusion(loaded)
         if self.steps:
             if windows is None:
@@ -89,8 +91,7 @@ class SpinQuant(Rotation):
             stream, values = nearest_orthogonal(descent.stream), nearest_orthogonal(descent.values)
             notes.append(f"loss of the quantized model over {self.steps} steps: {losses[0]:.4g} .. {losses[-1]:.4g}")
         fusion.install(dataclasses.replace(made, stream=stream, values=[v.expand(heads, -1, -1) for v in values]))
-        turn_keys(loaded, [hadamard_turn(loaded)] * blocks)
-        return notes
+        return [*notes, turn_keys_by_hadamard(loaded)]
 
 
 METHOD = SpinQuant

@@ -6,7 +6,8 @@ The branch sees inputs as they are before the quantizer (arXiv 2411.05007, secti
 input share lam and V: their weights are stacked.
 
     lam     of ones, a^alpha and a^alpha / w^(1 - alpha), alpha = 1/n .. (n - 1)/n, a and w the largest |x| and |W| of a
-            channel: whichever gives the smallest error of the layers' outputs with everything quantized
+            channel: whichever gives the smallest error of the layers' outputs with everything quantized, weights in
+            the groups of the inputs too
     U V     truncated SVD of W_s, then of W_s - R of the step before, up to `iterations` times; the best is kept, and
             the search ends with the first that is worse
     Q       symmetric groups along the inputs, s = max|.| / (2^(b-1) - 1), scales of 16 bits, weights and activations

@@ -57,7 +57,7 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        values = x.float()
+        values = x if x.dtype == torch.float64 else x.float()
         return (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.epsilon)).to(x.dtype)
 
 

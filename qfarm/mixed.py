@@ -100,23 +100,24 @@ class MixedGrid(ColumnGrid):
     def compensate(self, weight: Tensor, factor: Factor, *, static: bool = False) -> MixedWeight:
         """Scales are those of untouched weights, whatever `static` says: the parts have no groups to wait for."""
         weight, order, parts = weight.float(), factor.order, self.parts(weight.shape[1])
-        scale = torch.empty_like(weight)  # of every column, [rows, n]
+        steps = weight.new_empty(weight.shape[1], weight.shape[0])  # of every column, [n, rows]
         limits = weight.new_empty(weight.shape[1])  # largest code of every column, around zero
         fitted = []
         for grid, columns in parts:
             columns = columns.to(weight.device)
             fitted.append(grid.fit(weight[:, columns]))
-            scale[:, columns] = fitted[-1][0][:, None]
+            steps[columns] = fitted[-1][0]
             limits[columns] = 2.0 ** (grid.bits - 1) - 1
 
-        def rounding(j: int, column: Tensor, own: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-            index, step = int(order[j]), own[:, int(order[j])]
-            codes = torch.round(column / step).clamp_(-limits[index], limits[index])
-            return codes, codes * step
+        steps, top = steps[order], limits[order].tolist()
+
+        def rounding(j: int, column: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+            codes = torch.round(column / steps[j]).clamp_(-top[j], top[j])
+            return codes, codes * steps[j]
 
         live = weight.masked_fill(factor.dead, 0.0)[:, order]
         solution = solve(
-            live, factor.upper, self, size=weight.shape[1], fit=lambda *_: (scale, scale), rounding=rounding
+            live, factor.upper, self, size=weight.shape[1], fit=lambda *_: (steps.T, steps.T), rounding=rounding
         )
         if not bool(torch.isfinite(solution.values).all()):
             raise NonFinite("the column loop produced NaN or Inf")

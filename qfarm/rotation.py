@@ -54,7 +54,7 @@ class Rotation(Transform, ActivationMethod, CacheMethod):
     def recipe_refusal(self, recipe: Recipe) -> str | None:
         others = [method.name for method in recipe.transforms if method != self]
         if others:
-            return f"it folds the norms, of which {others[0]} needs what they hold; choose one of the two"
+            return f"it folds the norms and rotates all channels, which {others[0]} acts on as well; choose one of them"
         for method in recipe.methods:
             if method.options().get("pre_rope") or "k_pre_rope" in getattr(method, "observes", ()):
                 return f"keys are rotated after the rotary embedding, and {method.name} quantizes them before it"
@@ -83,14 +83,20 @@ def turn_keys(loaded: LoadedModel, turns: list[Turn]) -> None:
     loaded.turns = dict(enumerate(turns))
 
 
+def turn_keys_by_hadamard(loaded: LoadedModel) -> str:
+    """The same in all blocks by `hadamard_turn`; what was done."""
+    turn_keys(loaded, [hadamard_turn(loaded)] * len(loaded.blocks))
+    return f"queries and keys where they are rounded: {Hadamard(loaded.head_dim).how}"
+
+
 def online_notes(loaded: LoadedModel, bases: Bases) -> list[str]:
-    """What stands in the model besides fused rotations."""
+    """What will stand in the model besides fused rotations; asked before `Fusion` opens it."""
     notes = ["head and embeddings have weights of their own"] if _shares_table(loaded) else []
     if bases.down is not None:
         notes.append(f"input of down, online: {bases.down.how}")
     if bases.across is not None:
         notes.append(f"heads of the input of o, online: {bases.across.how}")
-    return [*notes, f"queries and keys where they are rounded: {Hadamard(loaded.head_dim).how}"]
+    return notes
 
 
 def _shares_table(loaded: LoadedModel) -> bool:

@@ -13,6 +13,8 @@ from qfarm.errors import QfarmError
 from qfarm.fuse import AcrossHeads, Bases, Fusion
 from qfarm.hadamard import Hadamard, random_hadamard, random_orthogonal
 from qfarm.inputs import Statistic
+from qfarm.layers.cache import SimulatedLayer
+from qfarm.layers.inject import install_cache
 from qfarm.layers.install import install_sites
 from qfarm.layers.observe import observe
 from qfarm.layers.sites import Place
@@ -95,12 +97,19 @@ def test_the_model_computes_the_same_and_comes_back(model: LoadedModel) -> None:
     assert (model.head.weight is model.model.get_input_embeddings().weight) == tied
 
 
+def norm_in_double(module: Any) -> None:
+    """Have an RMS norm of transformers compute in double precision; its own forward goes by float32."""
+    epsilon = module.variance_epsilon
+    module.forward = lambda x: module.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+
+
 def test_in_double_precision_nothing_is_lost(model: LoadedModel) -> None:
-    model.model.double()
+    for module in model.model.double().modules():
+        if hasattr(module, "variance_epsilon"):
+            norm_in_double(module)
     plain = logits(model)
     Fusion(model).install(all_bases(model))
-    # Norms and online rotations of double models may still be computed in float32.
-    torch.testing.assert_close(logits(model), plain, rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits(model), plain, rtol=0, atol=1e-12 * max(1.0, float(plain.abs().max())))
 
 
 def test_greedy_text_is_the_same(tiny_models: dict[str, Path]) -> None:
@@ -210,6 +219,22 @@ def test_turned_keys_are_quantized_turned(tiny_models: dict[str, Path], family: 
 
     assert 0 < error("kv8", True) < 1e-2 * error("kv3", True)
     assert error("kv4", True) != error("kv4", False) and error("q4", True) != error("q4", False)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_turned_keys_without_rounding_are_the_keys(tiny_models: dict[str, Path], family: str) -> None:
+    """Fused, online and in the cache, at once: in one pass and token by token."""
+    model = lively(loaded(tiny_models[family]))
+    plain = logits(model)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 257}
+    text = model.model.generate(PROBE, **options)
+    Fusion(model).install(all_bases(model))
+    model.turns = dict.fromkeys(range(len(model.blocks)), turn_of(model))
+    seen: list[Tensor] = []
+    install_cache(model, [lambda: SimulatedLayer(lambda keys: seen.append(keys) or keys, None)] * 2)  # type: ignore[func-returns-value]
+    torch.testing.assert_close(logits(model), plain, rtol=0, atol=1e-4)
+    assert torch.equal(model.model.generate(PROBE, **options), text)
+    assert len(seen) == 2 * (1 + 6) and seen[0].shape[-1] == model.head_dim
 
 
 def test_a_turn_is_seen_by_observers_of_queries_and_keys(tiny: Path) -> None:

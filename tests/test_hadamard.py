@@ -10,7 +10,7 @@ import torch
 from qfarm.hadamard import Hadamard, hadamard, jacobsthal, paley_order, random_hadamard, random_orthogonal, sylvester
 
 # Orders and fields that the sizes of common models come down to.
-PALEY = [12, 20, 28, 36, 44, 52, 60, 68, 76, 100, 108, 140, 148, 344]
+PALEY = [12, 20, 28, 36, 44, 52, 60, 68, 76, 100, 108, 140, 148, 344, 684, 924]
 SIZES = {
     **{768: 12, 1536: 12, 3072: 12, 12288: 12, 2560: 20, 5120: 20, 896: 28, 3584: 28, 14336: 28, 28672: 28},
     **{6656: 52, 17408: 68, 4864: 76, 9728: 76, 25600: 100, 13824: 108, 27648: 108, 8960: 140, 17920: 140},

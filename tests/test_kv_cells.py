@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import pytest
+
+from qfarm import cli
 from tests.test_layers_worker import values
 from tests.test_worker import Farm, make_job
 
@@ -20,6 +24,43 @@ calibration: {{text: python-docs, samples: 4, length: 64}}
 evaluate: [perplexity: {{text: python-docs, length: 64, windows: 8}}]
 resources: {{gpus: 0}}
 """
+
+MATRIX = """
+models: [{model}]
+methods:
+  - gptq+kivi: {{kivi: {{group: 8, residual: 16}}}}
+  - resq
+  - quarot+kivi: {{kivi: {{group: 8, residual: 16}}}}
+bits: [w4a4kv4]
+dtype: float32
+calibration: {{text: python-docs, samples: 4, length: 64}}
+evaluate: [perplexity: {{text: python-docs, length: 64, windows: 4}}]
+resources: {{gpus: 0}}
+"""
+
+
+def test_caches_and_rotations_run_in_one_matrix(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `qfarm submit JOB --local` runs it, in this process, which ends with exit code 0."""
+    path = tmp_path / "job.yaml"
+    path.write_text(f"{MATRIX.format(model=tiny)}store: {tmp_path / 'store'}\n")
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_WAIT_POLICY"):  # set by the command line for its own process
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    with pytest.raises(SystemExit) as done:
+        cli.main(["submit", str(path), "--local"])
+    assert done.value.code == 0
+    farm = Farm(tmp_path / "store", make_job(tiny, MATRIX))
+    cells = {row["recipe"]: row for row in farm.table("cells")}
+    assert cells.keys() == {"baseline", "gptq+kivi", "resq", "quarot+kivi"}
+    # KIVI's cache is the same behind both, ResQ has its own; inputs are quantized by the method, or to nearest.
+    kivi, resq = (4 + 4 + (2032 / 2048) * 8 + 16 / 2048 * 32) / 2, (16 * 4 + 8 * 8) / 16 + (2 * 16 + 24) / 16
+    assert [cells[name]["kv_bits"] for name in ("gptq+kivi", "quarot+kivi", "resq")] == [kivi, kivi, resq]
+    assert [cells[name]["layers_quantized"] for name in ("gptq+kivi", "quarot+kivi", "resq")] == [14, 14, 14]
+    assert [cells[name]["activation_bits"] for name in ("gptq+kivi", "quarot+kivi", "resq")] == [4, 4, 4.3]
+    kl = values(farm, "kl")
+    assert len({kl[name, "w4a4kv4"] for name in cells if name != "baseline"}) == 3 and min(kl.values()) >= 0
+    notes = {row["label"]: json.loads(row["notes"]) for row in farm.table("attempts")}
+    (rotated,) = (lines for label, lines in notes.items() if label.startswith("quarot+kivi"))
+    assert "quarot: queries and keys where they are rounded: Hadamard of 16" in rotated
 
 
 def test_weights_and_cache_are_quantized_in_one_cell(tmp_path: Path, tiny: Path) -> None:

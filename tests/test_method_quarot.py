@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from qfarm.fuse import Bases
 from qfarm.hadamard import Hadamard
 from qfarm.inputs import InputStatistics
 from qfarm.layers.clipped import ClippedAsymmetric, ClippedLayer, ClippedSymmetric, TwoWidths
@@ -21,7 +20,6 @@ from qfarm.methods.quarot import QuaRot
 from qfarm.models.load import LoadedModel
 from qfarm.quantizer import Grid
 from qfarm.recipe import Recipe, parse_recipe
-from qfarm.rotation import online_notes
 from qfarm.scheme import parse_scheme
 from tests.conftest import TINY, save_tiny
 from tests.job_example import CONFIG, changed, labels, matrix
@@ -134,7 +132,6 @@ def test_sizes_without_a_hadamard_matrix_are_noted(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), plain, rtol=0, atol=1e-4)
     assert "14 heads have no Hadamard matrix: they are not mixed" in notes
     assert any("random orthogonal matrix of 3 instead" in note for note in notes)
-    assert Bases().across is None and online_notes(model, Bases())
 
 
 def with_outliers(model: LoadedModel) -> LoadedModel:
@@ -199,7 +196,10 @@ def test_another_method_has_the_site_where_there_is_one(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "rule"),
     [
-        ("smoothquant+quarot", "quarot: it folds the norms, of which smoothquant needs what they hold"),
+        (
+            "smoothquant+quarot",
+            "quarot: it folds the norms and rotates all channels, which smoothquant acts on as well",
+        ),
         ("quarot+qrazor: {qrazor: {pre_rope: true}}", "keys are rotated after the rotary embedding, and qrazor quanti"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor
 from qfarm.errors import QfarmError
 from qfarm.hadamard import random_orthogonal
 from qfarm.inputs import InputStatistics, Statistic
+from qfarm.layers.cache import SimulatedLayer
 from qfarm.layers.clipped import ClippedAsymmetric, TwoWidths
+from qfarm.layers.inject import install_cache
 from qfarm.layers.install import install_sites
 from qfarm.layers.observe import observe
 from qfarm.layers.sites import Observed, Place
@@ -34,6 +37,7 @@ from tests.test_layers_worker import JOB, METHODS, run_all, values
 from tests.test_models import loaded
 
 MOMENTS = frozenset({Statistic.HESSIAN})
+UNROUNDED = [functools.partial(SimulatedLayer, None, None)] * 2  # layers of a cache that turn keys and round nothing
 PLAIN = Grid(bits=4, symmetric=True, search=True)
 
 
@@ -176,10 +180,12 @@ def observed_of(model: LoadedModel, method: ResQ) -> Observed:
 
 @pytest.mark.parametrize("family", TINY)
 def test_the_model_computes_the_same(tiny_models: dict[str, Path], family: str) -> None:
-    model, method = lively(loaded(tiny_models[family])), ResQ()
+    model, method = lively(loaded(tiny_models[family])), ResQ(pre_rotation_8bit=False)
     plain = logits(model)
     before = {name: value.clone() for name, value in model.model.state_dict().items()}
     notes = method.transform(model, observed_of(model, method), 0)
+    torch.testing.assert_close(logits(model), plain, rtol=0, atol=1e-4)
+    install_cache(model, UNROUNDED)  # U_C, online
     torch.testing.assert_close(logits(model), plain, rtol=0, atol=1e-4)
     assert notes[0].startswith("hidden states: 8 of 64 directions hold ") and len(model.turns) == 2
     model.restore()
@@ -212,6 +218,7 @@ def test_greedy_text_is_the_same_with_sixteen_bits_in_the_cache(tiny: Path) -> N
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 257}
     plain = model.model.generate(PROBE, **options)
     method.transform(model, observed_of(model, method), 0)
+    install_cache(model, UNROUNDED)
     assert torch.equal(model.model.generate(PROBE, **options), plain)
 
 
@@ -232,11 +239,16 @@ def test_what_each_input_gets(tiny: Path) -> None:
     assert torch.equal(given[0], heads) and expected != method
 
 
-def test_everything_at_eight_bits_or_none(tiny: Path) -> None:
-    """No high part: a PCA-rotated QuaRot; both widths equal and no rounding before: as plain 7-bit grids."""
+def test_no_part_in_eight_bits_or_nothing_else() -> None:
+    """No high part: QuaRot's grids in a principal basis; no low part: plain grids of 8 bits."""
     x = torch.randn(4, 64, generator=torch.manual_seed(0))
     place = Place("linear_in", 0, "q")
-    assert torch.equal(ResQ(fraction=0).quantizer(place, 4, {})(x), ClippedAsymmetric(bits=4)(x))
+    four, eight = (ClippedAsymmetric(bits=bits) for bits in (4, 8))
+    assert torch.equal(ResQ(fraction=0).quantizer(place, 4, {})(x), four(x))
+    assert torch.equal(TwoWidths(low=four, high=eight, fraction=1)(x), eight(x))
+    whole = MixedGrid(bits=4, symmetric=True, search=True, fraction=1).nearest(x)
+    assert torch.equal(whole.dequantize(), Grid(bits=8, symmetric=True, search=True).quantize(x).dequantize())
+    assert payload_bits(whole) == 8
     layer: Any = ResQ(fraction=0).cache_layer(0, 4, {})()
     layer.update(x.reshape(1, 1, 4, 64), x.reshape(1, 1, 4, 64))
     assert not any("high" in name for name in layer.state)
@@ -252,7 +264,7 @@ def test_refusals_come_with_the_plan() -> None:
     found = matrix(changed(methods=entries, bits="[w4a4kv4]", group_sizes="[-1]"))
     assert labels(found) == ["rtn w4a4kv4"] and [invalid.rule for invalid in found.invalid] == [
         "resq: gptq's option search is of uniform grids; leave it out beside resq",
-        "resq: it folds the norms, of which smoothquant needs what they hold; choose one of the two",
+        "resq: it folds the norms and rotates all channels, which smoothquant acts on as well; choose one of them",
         "resq: fraction 0.1 of heads of 64 is no whole number of coordinates",
     ]
 

@@ -19,7 +19,7 @@ from qfarm.methods import spinquant
 from qfarm.methods.spinquant import Descent, SpinQuant
 from qfarm.models.load import LoadedModel
 from qfarm.scheme import Scheme, parse_scheme
-from tests.conftest import TINY
+from tests.conftest import TINY, save_tiny
 from tests.job_example import changed, labels, matrix
 from tests.test_fuse import lively, logits
 from tests.test_layers_worker import JOB, METHODS, run_all, values
@@ -48,6 +48,15 @@ def test_the_model_computes_the_same(tiny_models: dict[str, Path], family: str) 
         assert any("loss of the quantized model over 2 steps" in note for note in notes) == bool(steps)
         model.restore()
         assert torch.equal(logits(model), plain)
+
+
+def test_a_start_without_a_hadamard_matrix_is_noted(tmp_path: Path) -> None:
+    model = loaded(save_tiny(tmp_path, "llama", hidden_size=92, head_dim=8))
+    plain = logits(model)
+    notes = SpinQuant(steps=0).transform(model, {}, 0)
+    assert "hidden states start at: no Hadamard of 92 is known here: a random orthogonal matrix of 23 instead" in notes
+    assert "queries and keys where they are rounded: Hadamard of 8" in notes
+    torch.testing.assert_close(logits(model), plain, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -99,11 +108,11 @@ def walked(tiny: Path, round_weights: bool, sign: int, monkeypatch: pytest.Monke
 def test_learning_lowers_the_loss_of_the_quantized_model(
     tiny: Path, round_weights: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the windows that it learned from. Rounding makes single steps leap by 0.1 and more, so that many are taken and
-    the same steps uphill are what they are compared with: they end 0.36 above."""
+    """On the windows that it learned from. Rounding makes single steps leap by 0.1 and more, so that many are taken. On
+    average they lie 0.29 below the start (0.03 with rounded weights, too little to ask for), uphill 0.36 above it."""
     down, found = walked(tiny, round_weights, 1, monkeypatch)
     up, _ = walked(tiny, round_weights, -1, monkeypatch)
-    assert down < up - 0.2
+    assert down < up - 0.2 and (round_weights or down < -0.1), (down, up)
     eye = torch.eye(64)
     torch.testing.assert_close(found.stream @ found.stream.T, eye, rtol=0, atol=1e-4)
     assert len(found.rounding) == (14 if round_weights else 0)

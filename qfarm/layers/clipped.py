@@ -82,9 +82,8 @@ class TwoWidths:
 
     def __call__(self, x: Tensor) -> Tensor:
         split = x.shape[-1] - high_count(self.fraction, x.shape[-1])
-        if split == x.shape[-1]:
-            return self.low(x)
-        return torch.cat([self.low(x[..., :split]), self.high(x[..., split:])], dim=-1)
+        parts = ((self.low, x[..., :split]), (self.high, x[..., split:]))
+        return torch.cat([quantize(part) for quantize, part in parts if part.shape[-1]], dim=-1)
 
 
 def high_count(fraction: float, width: int) -> int:
