@@ -11,20 +11,21 @@ rotary embedding, heads before they are repeated. Of T tokens
     keys     the first `residual` x floor(T / residual) are quantized, 0 .. residual - 1 wait in full precision
     values   all but the last `residual` are quantized
 
-A new token is read in full precision and only then are those quantized that are due (section 3.2; a chunk of tokens
-that the evaluation reads back as stored is quantized first). What is quantized stays as it is.
+A new token is read in full precision and only then are those quantized that are due; a chunk of tokens that the
+evaluation reads back as stored is quantized first. What is quantized stays as it is.
 
 Stored: codes packed along head_dim, a float16 scale and minimum per group: b + 32 / group bits. At group 32 and after
 2,048 tokens, which is where a cell's KV bits are counted: keys b + 1, values (15 / 16) (b + 1) + 1, together 5.34 bits
-for b = 4 and 3.41 for b = 2. Keys wait for residual / 2 tokens on average over lengths, not for 0 as at this length.
+for b = 4 and 3.41 for b = 2. On average over lengths residual / 2 keys wait; at this length none does.
 
 Keys of padding on the left take no part in ranges; groups are counted from the first column, padding or not, so that a
 sequence padded by other than a multiple of `residual` has other groups. A group's range looks at up to group - 1 later
 tokens: cells are marked as not causal where the cache is read as stored.
 
-Differences from github.com/jy-yuan/KIVI: a constant group has s = 1 and is exact, where the code divides by zero;
-values are dequantized with their own width; scale and minimum are rounded to float16 before codes are computed, in any
-dtype of the model; cropping (assisted decoding) is refused. Sliding windows are left to the mask: the whole past stays.
+Differences from github.com/jy-yuan/KIVI: a constant group has s = 1 and comes out as its minimum, where the code
+divides by zero; values are dequantized with their own width; scale and minimum are rounded to float16 before codes are
+computed, in any dtype of the model; cropping (assisted decoding) is refused. Sliding windows are left to the mask: the
+whole past stays.
 
 Published (README of aiha-lab/qllm-infer, Llama-3.1-8B-Instruct, WikiText-2 / C4, group 32, residual 128): 7.24 / 10.34
 at 16 bits, 7.27 / 10.38 at 4, 8.83 / 12.40 at 2. Not rerun.

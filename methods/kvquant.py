@@ -5,7 +5,7 @@ al., arXiv 2401.18079; t = 1 - outliers / 2):
 
     ranges      keys: quantiles 1 - t and t of a channel over the calibration text, fixed;
                 values: of a token over its channels, when it is written
-    outliers    beyond them (keys), at them or beyond (values): kept as they are, at most ceil((1 - t) (C - 1)) on
+    outliers    beyond them (keys), at them or beyond (values): kept as they are, floor((1 - t) (C - 1)) + 1 on
                 either side of a token's values if they are distinct
     codes       z = (y - offset) / range in -1 .. 1, the nearest of 2^b levels, one set per block for keys, one for
                 values. offset, range: middle and half width; of values, of the token without its outliers
@@ -26,6 +26,7 @@ notes of the k and v layers (`qfarm show CELL --format json`, the table `layers`
 Differences from github.com/SqueezeAILab/KVQuant: first tokens are counted by position in each sequence, where the code
 masks the first rows of the flattened batch, and with them every token that is decoded; k-means sees about a million
 numbers, tokens evenly spaced, and is deterministic (`qfarm.codebook`), where the code starts scikit-learn's at random;
+levels of values are learned on the ranges that are used, of what is no outlier, where the code takes the quantiles;
 outliers stay exact for nf too; offsets, ranges and levels are rounded to float16 before use; biases count as part of y;
 a token whose values are all alike is kept exactly; a cap on outliers per token and keys after the embedding are not
 offered, and uniform values have no rounded offset. Keys reach the cache rotated: the rotation is undone in float32 and
@@ -128,9 +129,9 @@ class Levels:
 
     @staticmethod
     def of(levels: Tensor, z: Tensor | None) -> Levels:
-        """With z, read back so that mean and deviation of its rounded numbers are those of z (section 3.4)."""
+        """With z, read back so that mean and deviation of its rounded numbers are those of z, if there are any."""
         levels = levels.half()
-        if z is None:
+        if z is None or not len(z):
             return Levels(levels, levels)
         rounded = levels.float()[nearest_level(z, levels.float())].double()
         deviation = float(rounded.std(correction=0))

@@ -234,11 +234,6 @@ class RazorLayer(QuantizedLayer):
         codes = torch.where(signed >= sign, sign - signed, signed).float()
         return codes * spread(steps(flags), self.group_size, self.width) * self.state[f"{name}_scale"].float()
 
-    def crop(self, tokens_to_remove: int) -> None:
-        kept = self.length - abs(tokens_to_remove)
-        self.state = {name: tensor[:, :, :kept] for name, tensor in self.state.items()}
-        self.length = kept
-
 
 class PreRopeRazorLayer(RazorLayer):
     """The same for keys as they are before the rotary embedding."""

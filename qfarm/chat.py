@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jinja2
 import torch
 
 from qfarm.errors import InvalidInput
@@ -47,6 +48,16 @@ def open_cell(cell: Cell, data: str | None, report: Progress) -> Session:
         raise InvalidInput(f"{cell.model} has no chat template")
     quantize_cell(session, lambda done, total: report("quantize", done, total))
     return session
+
+
+def opening(tokenizer: Any) -> list[Message]:
+    """What stands before the first question: a system message, or nothing where the template takes none (Mistral's)."""
+    system = {"role": "system", "content": SYSTEM}
+    try:
+        prompt_ids(tokenizer, [system, {"role": "user", "content": "?"}])
+    except jinja2.TemplateError:
+        return []
+    return [system]
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:

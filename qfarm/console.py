@@ -48,6 +48,9 @@ class Chat:
             count = f" {done}/{total}" if total else ""
             print(f"\r{stage}{count}\x1b[K", end="\n" if total and done == total else "", file=sys.stderr, flush=True)
 
+    def note(self, line: str) -> None:
+        print(plain(line), file=sys.stderr)
+
     def questions(self, name: str) -> Iterator[str]:
         """Lines from standard input until it ends, or one is empty or `exit`."""
         print(f"{plain(name)}; an empty line or `exit` ends", file=sys.stderr)

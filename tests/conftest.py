@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from qfarm.models.load import LoadedModel
 
 # Before torch is imported: spinning threads make small operators on a busy machine many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -106,3 +110,18 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def tiny(tiny_models: dict[str, Path]) -> Path:
     return tiny_models["llama"]
+
+
+@pytest.fixture(scope="module")
+def models(tiny_models: dict[str, Path]) -> dict[str, LoadedModel]:
+    """The tiny models by family, loaded once for a file of tests."""
+    from tests.test_models import loaded
+
+    return {family: loaded(path) for family, path in tiny_models.items()}
+
+
+@pytest.fixture
+def model(models: dict[str, LoadedModel], family: str) -> Iterator[LoadedModel]:
+    """One family's model, restored behind each test."""
+    yield models[family]
+    models[family].restore()

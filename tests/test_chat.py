@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from qfarm.chat import SYSTEM, answer, open_cell, prompt_ids, stored_cell
+from qfarm.chat import SYSTEM, answer, open_cell, opening, prompt_ids, stored_cell
 from qfarm.cli import main
 from qfarm.console import Chat
 from qfarm.errors import InvalidInput
@@ -80,10 +80,29 @@ def test_a_tokenizer_without_bos_gets_none() -> None:
     assert prompt_ids(tokenizer, SAID) == [97, 98]
 
 
+def test_a_template_without_system_messages_gets_none(
+    talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
+    job, prompts = tmp_path / "job.yaml", tmp_path / "prompts.txt"
+    job.write_text(JOB.format(model=speaking(save_tiny(tmp_path / "strict", "llama"), strict)))
+    prompts.write_text("Hello\nWho are you?\n")
+    heard: list[Any] = []
+
+    def reply(session: Session, messages: Any, new_tokens: int) -> Any:
+        heard.append(list(messages))
+        yield "fine"
+
+    monkeypatch.setattr("qfarm.chat.answer", reply)
+    assert run("chat", "baseline w16", "--job", str(job), "--prompts", str(prompts)) == 0
+    assert heard == [[{"role": "user", "content": text}] for text in ("Hello", "Who are you?")]
+    assert "the chat template takes no system message; it is left out" in capsys.readouterr().err
+
+
 def test_an_answer_is_what_generate_gives_with_the_quantized_cache(session: Session) -> None:
     model = session.loaded
     ids = prompt_ids(model.tokenizer, SAID)
-    assert ids[0] == 256 and 256 not in ids[1:]
+    assert ids[0] == 256 and 256 not in ids[1:] and opening(model.tokenizer) == SAID[:1]
     with torch.no_grad(), model.reading_cache("full"):
         options = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
         made = model.model.generate(torch.tensor([ids]), **options)

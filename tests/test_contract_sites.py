@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from qfarm.recipe import ActivationMethod, CacheMethod, Method, Recipe, Transfor
 from qfarm.scheme import Scheme
 from tests.conftest import TINY
 from tests.contract import FAST, PROBE, WINDOWS, recipe_of
-from tests.test_models import loaded
 
 EXACT = 1e-4  # float32 logits of a transformed model against the original
 TRANSFORMS = [name for name in method_names() if issubclass(lookup(name), Transform)]
@@ -27,11 +25,6 @@ SITES = [
     *(("rtn", site) for site in RTN_WIDTHS),
     *((name, site) for name in SITE_METHODS for site in sorted(lookup(name).claims - {"weight"})),
 ]
-
-
-@pytest.fixture(scope="module")
-def models(tiny_models: dict[str, Path]) -> dict[str, LoadedModel]:
-    return {family: loaded(path) for family, path in tiny_models.items()}
 
 
 @pytest.fixture(params=TINY)

@@ -45,18 +45,6 @@ every_family = pytest.mark.parametrize("family", TINY)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-@pytest.fixture(scope="module")
-def models(tiny_models: dict[str, Path]) -> dict[str, LoadedModel]:
-    return {family: loaded(path) for family, path in tiny_models.items()}
-
-
-@pytest.fixture
-def model(models: dict[str, LoadedModel], family: str) -> Any:
-    """One family's model; tests leave it restored."""
-    yield models[family]
-    models[family].restore()
-
-
 @torch.no_grad()
 def logits(model: LoadedModel, ids: Tensor = IDS, **options: Any) -> Tensor:
     out: Tensor = model.model(ids, **options).logits
@@ -67,6 +55,21 @@ def padded(count: int) -> tuple[Tensor, Tensor]:
     """IDS behind `count` padding tokens, and the mask."""
     ids = torch.cat([torch.full((len(IDS), count), 257), IDS], dim=1)
     return ids, (torch.arange(ids.shape[1]) >= count).long().expand_as(ids)
+
+
+def in_every_way(model: LoadedModel, new_tokens: int = 8) -> list[Tensor]:
+    """Logits of one pass, of one behind left padding and token by token; greedy and beam search behind left padding."""
+    ids, mask = padded(3)
+    generate = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 257, "attention_mask": mask[:, :9]}
+    with torch.no_grad(), model.reading_cache("quantized", chunk=1):
+        decoded = model.head(model.body(IDS))
+    return [
+        logits(model),
+        logits(model, ids, attention_mask=mask)[:, 3:],
+        decoded,
+        model.model.generate(ids[:, :9], **generate),
+        model.model.generate(ids[:, :9], num_beams=3, **generate),
+    ]
 
 
 class Plain(QuantizedLayer):
@@ -171,24 +174,9 @@ def test_keys_and_values_are_the_same_before_and_after_heads_are_repeated(quanti
 @every_family
 @pytest.mark.parametrize("layer", [Plain, BeforeRope])
 def test_a_cache_that_rounds_nothing_changes_nothing(model: LoadedModel, layer: type[QuantizedLayer]) -> None:
-    """Forward, token by token, greedy and beam search, with and without left padding."""
-    ids, mask = padded(3)
-    generate = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 257}
-
-    def outputs() -> list[Tensor]:
-        with torch.no_grad(), model.reading_cache("quantized", chunk=1):
-            decoded = model.head(model.body(IDS))
-        return [
-            logits(model),
-            logits(model, ids, attention_mask=mask)[:, 3:],
-            decoded,
-            model.model.generate(ids[:, :9], attention_mask=mask[:, :9], **generate),
-            model.model.generate(ids[:, :9], attention_mask=mask[:, :9], num_beams=3, **generate),
-        ]
-
-    expected = outputs()
+    expected = in_every_way(model)
     install_cache(model, [layer] * 2)
-    for found, plain in zip(outputs(), expected, strict=True):
+    for found, plain in zip(in_every_way(model), expected, strict=True):
         torch.testing.assert_close(found, plain, rtol=0, atol=3e-5)
 
 
@@ -255,6 +243,11 @@ def test_keys_before_the_rotary_embedding_need_it(tiny_models: dict[str, Path]) 
             continue
         with pytest.raises(ModelError, match="^BeforeRope was not handed the rotary embedding of the keys it is given"):
             logits(model)
+    layer, keys = BeforeRope(), torch.ones(1, 1, 2, 4)
+    layer.rotary, layer.rotation = True, (torch.ones(1, 2, 4), torch.zeros(1, 2, 4))
+    layer.update(keys, keys)
+    with pytest.raises(ModelError, match="was not handed the rotary embedding"):  # that of earlier tokens will not do
+        layer.update(keys, keys)
 
 
 @pytest.mark.parametrize("chunk", [None, 8])
@@ -331,8 +324,9 @@ def test_left_padding_is_invisible_to_rules_about_the_first_tokens(model: Loaded
     plain = logits(model)
     install_cache(model, [Sink] * 2)
     assert (logits(model) - plain).abs().max() > 0.05
-    difference = (logits(model, ids, attention_mask=mask)[:, 4:] - logits(model)).abs()
-    assert float(difference.median()) < 1e-5
+    found = logits(model, ids, attention_mask=mask)
+    assert float((found[:, 4:] - logits(model)).abs().median()) < 1e-5
+    assert torch.equal(logits(model, ids, attention_mask=mask.bool()), found)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -348,7 +342,8 @@ def test_the_cache_holds_what_it_says(bits: int) -> None:
     expected = (((tensor / scale).round() + zero).clamp(0, 2**bits - 1) - zero) * scale
     assert torch.equal(keys, expected) and values.shape == keys.shape
     again = layer.update(tensor[:, :, :1], tensor[:, :, :1])[0]
-    assert torch.equal(again[:, :, :7], expected) and layer.get_seq_length() == 8
+    assert torch.equal(again, torch.cat([expected, expected[:, :, :1]], dim=2))  # itself as well
+    assert layer.get_seq_length() == 8
 
 
 def test_what_transformers_does_to_a_cache_layer() -> None:
@@ -372,6 +367,8 @@ def test_what_transformers_does_to_a_cache_layer() -> None:
     plain.update(tensor, tensor)
     with pytest.raises(InvalidInput, match="assisted decoding is not supported"):
         plain.crop(-1)
+    with pytest.raises(InvalidInput, match="^a cache gives back -n tokens, got 2$"):  # the length to keep, it once was
+        layer.crop(2)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
@@ -431,6 +428,18 @@ def test_rotations_move_with_their_sequences() -> None:
     layer.rotation = angle[:, :1].cos(), angle[:, :1].sin()
     found, _ = layer.update(keys[:, :, :1], keys[:, :, :1])
     torch.testing.assert_close(found[:, :, :5], keys[[1, 0]], rtol=0, atol=1e-5)
+
+
+def test_rotations_of_a_batch_may_be_followed_by_those_of_its_sequences() -> None:
+    """As when a prompt is read without positions and continued by `generate`, which gives them by sequence."""
+    angle = torch.randn(2, 1, 8, generator=torch.manual_seed(0)).repeat(1, 1, 2)
+    keys = torch.randn(2, 3, 6, 16, generator=torch.manual_seed(1))
+    layer = BeforeRope()
+    for rows, part in ((1, keys[:, :, :4]), (2, keys[:, :, 4:5]), (1, keys[:, :, 5:])):
+        table = angle[:rows].expand(-1, part.shape[2], -1)
+        layer.rotation = table.cos(), table.sin()
+        found, _ = layer.update(part, part)
+    torch.testing.assert_close(found, keys, rtol=0, atol=1e-5)
 
 
 def test_rotation_and_back_for_scaled_tables() -> None:

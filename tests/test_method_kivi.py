@@ -4,36 +4,25 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from qfarm.layers.cache import RTNLayer
 from qfarm.layers.inject import install_cache, stored_bits
 from qfarm.layers.install import install_sites
 from qfarm.methods.kivi import KIVI, KIVILayer, group_codes, group_grid
 from qfarm.models.load import LoadedModel
 from qfarm.recipe import parse_recipe
 from qfarm.scheme import parse_scheme
-from tests.conftest import TINY
-from tests.test_layers import IDS, logits, padded
+from tests.conftest import TINY, save_tiny
+from tests.test_layers import IDS, in_every_way, logits
 from tests.test_models import loaded
 
 R, G = 16, 8
 every_family = pytest.mark.parametrize("family", TINY)
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-
-
-@pytest.fixture(scope="module")
-def models(tiny_models: dict[str, Path]) -> dict[str, LoadedModel]:
-    return {family: loaded(path) for family, path in tiny_models.items()}
-
-
-@pytest.fixture
-def model(models: dict[str, LoadedModel], family: str) -> Any:
-    yield models[family]
-    models[family].restore()
 
 
 def layer(key_bits: int = 2, value_bits: int = 2, group: int = G, residual: int = R) -> KIVILayer:
@@ -107,6 +96,9 @@ def test_an_outlier_spoils_its_channel_of_keys_and_its_group_of_a_token_of_value
     keys, values = ((x != y)[0, 0] for x, y in zip(a.read(), b.read(), strict=True))
     assert keys[:G, 5].any() and not keys[G:].any() and not keys[:, [c for c in range(16) if c != 5]].any()
     assert values[3, :G].any() and not values[3, G:].any() and not values[torch.arange(2 * R) != 3].any()
+    per_token, spoilt = RTNLayer(4), RTNLayer(4)  # on a grid per token it spoils the other channels of its token
+    keys = (per_token.update(plain, plain)[0] != spoilt.update(loud, loud)[0])[0, 0]
+    assert keys[3].sum() > G and not keys[torch.arange(2 * R) != 3].any()
 
 
 # -- what waits -------------------------------------------------------------------------------------------------------
@@ -160,9 +152,7 @@ def test_stored_bytes_are_those_of_codes_metadata_and_residual(bits: int, tokens
 
 @pytest.mark.parametrize(("bits", "expected"), [(2, 3.40625), (4, 5.34375)])
 def test_bits_of_a_cell_at_the_published_options(tmp_path: Path, bits: int, expected: float) -> None:
-    """Section 4 at 2,048 tokens, of which 128 values wait and no key."""
-    from tests.conftest import save_tiny
-
+    """At 2,048 tokens, of which 128 values wait and no key."""
     model = loaded(save_tiny(tmp_path, "llama", head_dim=64, num_hidden_layers=1))
     model.model.bfloat16()
     found = stored_bits(model, [functools.partial(KIVILayer, bits, bits, group=32, residual=128)])
@@ -186,24 +176,9 @@ def test_beams_and_batches_are_rearranged() -> None:
 
 @every_family
 def test_sixteen_bits_are_the_plain_cache_to_the_bit(model: LoadedModel) -> None:
-    """Forward, token by token, greedy and beam search, with left padding."""
-    ids, mask = padded(3)
-    generate = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 257}
-
-    def outputs() -> list[Tensor]:
-        with torch.no_grad(), model.reading_cache("quantized", chunk=1):
-            decoded = model.head(model.body(IDS))
-        return [
-            logits(model),
-            logits(model, ids, attention_mask=mask),
-            decoded,
-            model.model.generate(ids[:, :9], attention_mask=mask[:, :9], **generate),
-            model.model.generate(ids[:, :9], attention_mask=mask[:, :9], num_beams=3, **generate),
-        ]
-
-    expected = outputs()
+    expected = in_every_way(model, new_tokens=20)  # of which the residual window is left behind
     install_cache(model, [lambda: layer(16, 16)] * 2)
-    for found, plain in zip(outputs(), expected, strict=True):
+    for found, plain in zip(in_every_way(model, new_tokens=20), expected, strict=True):
         if model.model.config.model_type == "mistral":  # whose plain cache drops what its window does not reach
             torch.testing.assert_close(found, plain, rtol=0, atol=2e-5)
         else:
@@ -225,6 +200,10 @@ def test_prefill_decides_what_one_forward_pass_shows(model: LoadedModel) -> None
     # The first R tokens see nothing that is quantized: keys of token R are read before the window is emptied.
     torch.testing.assert_close(stepwise[:, :R], plain[:, :R], rtol=0, atol=2e-5)
     assert (stepwise[:, R:] - plain[:, R:]).abs().max() > 0.05
+    model.restore()
+    install_sites(model, recipe, parse_scheme("kv4"), {})
+    with model.reading_cache("full"):
+        assert torch.equal(logits(model), plain)
 
 
 @every_family

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,29 +21,18 @@ from qfarm.layers.rope import unrotate
 from qfarm.layers.sites import Place
 from qfarm.methods.kvquant import KVQuant, KVQuantLayer, Levels, split_keys, split_values
 from qfarm.models.load import LoadedModel
+from qfarm.models.past import returned_cache
 from qfarm.recipe import Recipe, parse_recipe
 from qfarm.scheme import parse_scheme
 from tests.conftest import TINY
 from tests.contract import WINDOWS
-from tests.test_layers import IDS, logits, padded
-from tests.test_models import loaded
+from tests.test_layers import IDS, in_every_way, logits, padded
 
 BOOK = torch.tensor([-0.9, -0.3, 0.2, 0.8])
 LEVELS = Levels.of(BOOK, None)
 VECTOR = torch.tensor([0.1, -0.2, 0.3, 0.9, -0.7, 5, -0.1, 0.2, 0, -0.3, 0.4, -4, 0.5, -0.6, 0.15, -0.05])
 every_family = pytest.mark.parametrize("family", TINY)
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-
-
-@pytest.fixture(scope="module")
-def models(tiny_models: dict[str, Path]) -> dict[str, LoadedModel]:
-    return {family: loaded(path) for family, path in tiny_models.items()}
-
-
-@pytest.fixture
-def model(models: dict[str, LoadedModel], family: str) -> Any:
-    yield models[family]
-    models[family].restore()
 
 
 def layer(channels: int = 32, *, first: int = 0, outliers: float = 0.1, bound: float = 1.5) -> KVQuantLayer:
@@ -174,6 +162,14 @@ def test_q_norm_reads_back_the_mean_and_deviation_of_what_was_rounded() -> None:
     assert torch.equal(made.levels, LEVELS.levels) and "read_as" in made.table()
     plain = BOOK.half().float()[nearest_level(z, BOOK)]
     assert abs(float(plain.std() - z.std())) > 5e-3
+    assert torch.equal(Levels.of(BOOK, z[:0]).read, LEVELS.levels), "of a block whose numbers are all outliers"
+    stretched, usual = (
+        KVQuant(norm=norm).cache_layer(0, 2, fisher(torch.randn(2, 200, 16, generator=torch.manual_seed(0))))().tables()
+        for norm in (True, False)
+    )
+    for role in "kv":
+        assert stretched[role]["levels"] == usual[role]["levels"] != stretched[role]["read_as"]
+        assert "read_as" not in usual[role]
 
 
 def test_calibration_that_is_not_finite_is_refused() -> None:
@@ -234,7 +230,7 @@ def test_what_transformers_does_to_the_layer() -> None:
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_bits_per_number_are_those_of_the_paper(bits: int) -> None:
-    """Section 4 at 4,096 channels, counted on stored tensors: 4.33, 3.33 and 2.33."""
+    """At 4,096 channels, counted on stored tensors: 4.33, 3.33 and 2.33."""
     levels = Levels.of(torch.linspace(-1, 1, 2**bits), None)
     bound = torch.full((4096,), 2.5758).half()  # beyond which 1 % of normal numbers are
     make = functools.partial(
@@ -276,46 +272,42 @@ def installed(model: LoadedModel, bits: int, **options: Any) -> Any:
 
 @every_family
 def test_a_layer_that_keeps_everything_changes_nothing(model: LoadedModel) -> None:
-    """All tokens are first tokens: forward, token by token, greedy and beam search, with left padding."""
-    ids, mask = padded(3)
-    generate = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 257}
-
-    def outputs() -> list[Tensor]:
-        with torch.no_grad(), model.reading_cache("quantized", chunk=1):
-            decoded = model.head(model.body(IDS))
-        return [
-            logits(model),
-            logits(model, ids, attention_mask=mask)[:, 3:],
-            decoded,
-            model.model.generate(ids[:, :9], attention_mask=mask[:, :9], **generate),
-            model.model.generate(ids[:, :9], attention_mask=mask[:, :9], num_beams=3, **generate),
-        ]
-
-    expected = outputs()
+    """All tokens are first tokens."""
+    expected = in_every_way(model)
     channels = model.linears(0)["k"].out_features
     install_cache(model, [functools.partial(layer, channels, first=64)] * 2)
-    for found, plain in zip(outputs(), expected, strict=True):
+    for found, plain in zip(in_every_way(model), expected, strict=True):
         torch.testing.assert_close(found, plain, rtol=0, atol=3e-5)
 
 
 @every_family
 def test_the_cache_is_the_simulation_at_the_projections(model: LoadedModel) -> None:
-    """Against hooks that round what the key norm or projection and the value projection make (section 3.10)."""
+    """Against hooks that round what the key norm or projection and the value projection make."""
     made = installed(model, 2, first_tokens=2, outliers=0.05)
-    found = logits(model)
-    assert made.causal is True and 2 < made.kv_bits < 10
-    tables = made.tables
+    with torch.no_grad():
+        out = model.model(IDS, use_cache=True)
+    cache = returned_cache(out)
+    assert made.causal is True and 2 < made.kv_bits < 10 and cache is not None
+    tables, simulated = made.tables, {}
     model.restore()
     for block in range(2):
         for role, module in (("k", model.key_maker(block)), ("v", model.linears(block)["v"])):
-            hook = functools.partial(simulate, tables[block, role], role)
+
+            def hook(module: Any, args: Any, output: Tensor, block: int = block, role: str = role) -> Tensor:
+                rounded = simulated[block, role] = simulate(tables[block, role], role, output)
+                return rounded
+
             model.on_restore(module.register_forward_hook(hook).remove)
-    difference = (logits(model) - found).abs()
-    # A number at the edge of two levels may fall on either side after the rotation and back.
+    difference = (logits(model) - out.logits).abs()
+    # A number at the edge of two levels may fall on either side after the rotation and back, and move what follows.
     assert float(difference.median()) < 1e-5
+    for role, stored in zip("kv", cache.layers[0].read(), strict=True):
+        expected = simulated[0, role].reshape(*IDS.shape, -1, model.head_dim).transpose(1, 2)
+        apart = (stored - expected).abs() > 1e-5
+        assert float(apart.float().mean()) < 1e-3
 
 
-def simulate(table: dict[str, Any], role: str, module: Any, args: Any, output: Tensor) -> Tensor:
+def simulate(table: dict[str, Any], role: str, output: Tensor) -> Tensor:
     rows = output.flatten(2)
     book = torch.tensor(table["levels"])
     if role == "k":
@@ -330,16 +322,20 @@ def simulate(table: dict[str, Any], role: str, module: Any, args: Any, output: T
 
 @every_family
 def test_left_padding_is_invisible(model: LoadedModel) -> None:
-    """Outliers, ranges and first tokens are those of each sequence alone: section 3.5 of the reference's pitfalls."""
+    """Outliers, ranges and first tokens are those of each sequence alone, whatever stands before and beside it."""
     installed(model, 3, first_tokens=2)
     ids, mask = padded(4)
     difference = (logits(model, ids, attention_mask=mask)[:, 4:] - logits(model)).abs()
     assert float(difference.median()) < 1e-5
-    single = logits(model, IDS[:1])
-    assert float((single - logits(model)[:1]).abs().median()) < 1e-5
     generate = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 257}
     plain = model.model.generate(IDS, **generate)
     assert torch.equal(model.model.generate(ids, attention_mask=mask, **generate)[:, 4:], plain)
+    uneven = torch.stack([IDS[0], torch.cat([ids[1, :4], IDS[1, :-4]])])  # the second behind four tokens of padding
+    mask = torch.ones_like(uneven)
+    mask[1, :4] = 0
+    together = logits(model, uneven, attention_mask=mask)
+    for found, alone in ((together[:1], IDS[:1]), (together[1:, 4:], IDS[1:, :-4])):
+        assert float((found - logits(model, alone)).abs().median()) < 1e-5
 
 
 @every_family
@@ -353,6 +349,7 @@ def test_prefill_decides_what_one_forward_pass_shows(model: LoadedModel) -> None
 
 def test_keys_are_quantized_before_the_rotary_embedding() -> None:
     angle = torch.randn(1, 5, 8, generator=torch.manual_seed(0)).repeat(1, 1, 2)
+    angle[:, 0] = 0  # of position 0, where both are the same
     rotation, k = (angle.cos(), angle.sin()), noise(5)
     before, after = layer(), layer()
     before.rotation = rotation
@@ -360,7 +357,8 @@ def test_keys_are_quantized_before_the_rotary_embedding() -> None:
     keys, _ = before.update(k, k)
     straight, _ = after.update(undone, k)
     torch.testing.assert_close(unrotate(keys, rotation), straight, rtol=0, atol=1e-5)
-    assert not torch.equal(layer().update(k, k)[0], keys)
+    behind, _ = layer().update(k, k)
+    assert torch.equal(behind[:, :, 0], keys[:, :, 0]) and (behind - keys)[:, :, 1:].abs().max() > 0.1
 
 
 def test_levels_and_ranges_stand_in_the_records(models: dict[str, LoadedModel]) -> None:

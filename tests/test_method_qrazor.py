@@ -375,13 +375,18 @@ def test_heads_may_be_repeated_before_or_after() -> None:
         assert torch.equal(a.repeat_interleave(3, dim=1), b)
 
 
-def test_a_cache_gives_tokens_back_and_nan_is_not_hidden() -> None:
-    layer = RazorLayer(4, 8, 8)
-    tensor = draw(1, 2, 6, 16)
-    layer.update(tensor, tensor)
-    whole = layer.read()[0]
+@pytest.mark.parametrize("kind", [RazorLayer, PreRopeRazorLayer])
+def test_a_cache_gives_tokens_back(kind: type[RazorLayer]) -> None:
+    layer, tensor, angle = kind(4, 8, 8), draw(1, 2, 6, 16), draw(1, 6, 8).repeat(1, 1, 2)
+    layer.rotation = angle.cos(), angle.sin()
+    whole, _ = layer.update(tensor, tensor)
     layer.crop(-2)
-    assert torch.equal(layer.read()[0], whole[:, :, :4])
+    layer.rotation = angle[:, 4:].cos(), angle[:, 4:].sin()
+    assert torch.equal(layer.update(tensor[:, :, 4:], tensor[:, :, 4:])[0], whole) and layer.get_seq_length() == 6
+
+
+def test_nan_is_not_hidden_by_a_razor() -> None:
+    tensor = draw(1, 2, 6, 16)
     broken = RazorLayer(4, 8, 8)
     broken.append(tensor.index_fill(-1, torch.tensor([0]), float("nan")), tensor)
     assert torch.isnan(broken.read()[0]).all() and torch.isfinite(broken.read()[1]).all()

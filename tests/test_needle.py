@@ -86,6 +86,18 @@ def test_a_grid_in_which_the_deep_half_is_found(session: Session, monkeypatch: p
     assert result.documents[2].answer == "no" and result.documents[2].task == "640 at 50 %"
 
 
+def test_an_answer_is_right_if_it_holds_the_whole_key(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    for before, change, after, right in ((" ", 0, ".", 1), ("", 0, "", 1), (" ", 1, ".", 0)):
+
+        def reply(text: str, before: str = before, change: int = change, after: str = after) -> str:
+            key = key_in(text)
+            return before + key[:-1] + str((int(key[-1]) + change) % 10) + after
+
+        answering(monkeypatch, session, reply)
+        (document,) = Needle(lengths=[640], depths=[50], keys=1).run(session, lambda done, total: None).documents
+        assert document.correct == right
+
+
 def test_a_real_model_runs_and_changes_nothing_between_runs(session: Session) -> None:
     small = Needle(lengths=[640], depths=[50], keys=2)
     first, second = (small.run(session, lambda done, total: None) for _ in range(2))
@@ -103,8 +115,9 @@ def test_bad_options_are_one_line(session: Session) -> None:
     ]:
         with pytest.raises(InvalidInput, match=f"^{line}"):
             build_evaluator("needle", options)
-    with pytest.raises(InvalidInput, match="reads at most 1024 tokens$"):
-        Needle().prepare(session)
+    Needle(lengths=[1013], depths=[0], keys=1).prepare(session)  # 7 characters of a key and 4 more: 1024
+    with pytest.raises(InvalidInput, match=": 1025 tokens with the answer, but .* reads at most 1024$"):
+        Needle(lengths=[1014], depths=[0], keys=1).prepare(session)
     with pytest.raises(InvalidInput, match="^needle: a prompt without any filler is longer than 100 tokens$"):
         Needle(lengths=[100]).prepare(session)
 

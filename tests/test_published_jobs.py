@@ -145,6 +145,13 @@ def test_every_cell_of_a_published_table_has_its_figure(name: str) -> None:
 
 
 @pytest.mark.usefixtures("offline")
+def test_cells_of_other_levels_stand_beside_other_figures() -> None:
+    """KVQuant has four at three bits: a cell stands beside the one of its levels and outliers."""
+    found = [counterparts(one, "kvquant") for one in planned("published_kvquant.yaml").cells]
+    assert all(len(numbers) == 1 for numbers in found) and len({numbers[0] for numbers in found}) == len(found) == 7
+
+
+@pytest.mark.usefixtures("offline")
 def test_no_figure_of_qllm_infer_is_forgotten() -> None:
     """Every one is measured by some job, but for tasks that nobody named and readings that measure nothing."""
     jobs = [name for name in PUBLISHED if "qllm-infer" in sources(name)]

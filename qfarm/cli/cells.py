@@ -51,16 +51,19 @@ def chat(cell: str, store: str | None, job: str | None, prompts: str | None, new
         from qfarm.chat import stored_cell
 
         chosen = stored_cell(open_store(store or last_store()), cell)
-    from qfarm.chat import SYSTEM, answer, open_cell
+    from qfarm.chat import answer, open_cell, opening
     from qfarm.environment import data_folder
 
     screen = Chat()
     session = open_cell(chosen, data_folder(data), screen.progress)
-    said: list[dict[str, str]] = [{"role": "system", "content": SYSTEM}]
+    start = opening(session.loaded.tokenizer)
+    if not start:
+        screen.note("the chat template takes no system message; it is left out")
+    said = list(start)
     for question in questions if questions is not None else screen.questions(chosen.label):
         if questions is not None:  # each is a conversation of its own
             screen.echo(question)
-            said = said[:1]
+            said = list(start)
         said.append({"role": "user", "content": question})
         said.append({"role": "assistant", "content": screen.stream(answer(session, said, new_tokens))})
 

@@ -44,6 +44,7 @@ FILLER = (
 NEEDLE = "The secret number is {key}. Remember it: {key} is the secret number. "
 QUESTION = "\n\nThe notes end here. The secret number that they mentioned is"
 SPARE_TOKENS = 4  # beyond those of the key, for an answer that begins with a quote or a colon
+ANSWER_TOKENS = len(" 123456") + SPARE_TOKENS  # at most: a token is a character or more
 Numbers = Annotated[tuple[int, ...], BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given)]
 
 
@@ -78,7 +79,7 @@ class Needle(Evaluator):
 
     @property
     def window(self) -> int:
-        return max(self.lengths)
+        return max(self.lengths) + ANSWER_TOKENS
 
     def tokens(self) -> int:
         return sum(self.lengths) * len(self.depths) * self.keys
@@ -108,8 +109,10 @@ class Needle(Evaluator):
     def _items(self, session: Session) -> list[Item]:
         """All prompts as tokens, made once per model."""
         most = getattr(session.loaded.model.config, "max_position_embeddings", None)
-        if most is not None and max(self.lengths) > most:
-            raise InvalidInput(f"{self.label}: {session.cell.model} reads at most {most} tokens")
+        if most is not None and self.window > most:
+            raise InvalidInput(
+                f"{self.label}: {self.window} tokens with the answer, but {session.cell.model} reads at most {most}"
+            )
         key = ("needle", self.lengths, self.depths, self.keys, self.seed)
         found: list[Item] = session.keep(key, lambda: list(self._made(session.loaded.tokenizer)))
         return found

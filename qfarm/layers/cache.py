@@ -33,7 +33,8 @@ from qfarm.layers.turn import Turn
 class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
     """Base of quantized cache layers. A subclass says how tokens are appended to `state` and read from it.
 
-    Tensors of `state` have the batch as their first axis; they are what is stored and counted.
+    Tensors of `state` have the batch as their first axis; they are what is stored and counted. Where tokens can be
+    given back (`is_croppable`), the third axis is that of tokens.
     """
 
     is_croppable = False
@@ -94,12 +95,21 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
             return self.turn.forward(keys)
         if not self.pre_rope:
             return keys
-        if self.rotation is None:
+        rotation, self.rotation = self.rotation, None
+        if rotation is None:
             if self.rotary:
                 raise ModelError(f"{type(self).__name__} was not handed the rotary embedding of the keys it is given")
             return keys
-        extend(self._rotations, {"cos": self.rotation[0], "sin": self.rotation[1]}, dim=1)
-        return unrotate(keys.float(), self.rotation)
+        self._keep_rotation(rotation)
+        return unrotate(keys.float(), rotation)
+
+    def _keep_rotation(self, rotation: Rotation) -> None:
+        new = dict(zip(("cos", "sin"), rotation, strict=True))
+        # One row serves a whole batch until a caller gives positions by sequence.
+        rows = max(map(len, (*new.values(), *self._rotations.values())))
+        for name, table in new.items():
+            parts = [self._rotations[name], table] if name in self._rotations else [table]
+            self._rotations[name] = torch.cat([part.expand(rows, -1, -1) for part in parts], dim=1)
 
     def _dense(self) -> tuple[Tensor, Tensor]:
         keys, values = self.read()
@@ -115,12 +125,20 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
         return self.length
 
     def reset(self) -> None:
-        super().reset()
         self.state, self._rotations, self.length, self.starts, self.rotation = {}, {}, 0, None, None
+        self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
+        """Forget the last tokens; their number is negative, as transformers gives it."""
+        if tokens_to_remove == 0:
+            return
+        if not self.is_croppable:
             raise InvalidInput(f"{type(self).__name__} cannot give back tokens: assisted decoding is not supported")
+        if tokens_to_remove > 0:
+            raise InvalidInput(f"a cache gives back -n tokens, got {tokens_to_remove}")
+        self.length = max(0, self.length + tokens_to_remove)
+        self.state = {name: tensor[:, :, : self.length] for name, tensor in self.state.items()}
+        self._rotations = {name: tensor[:, : self.length] for name, tensor in self._rotations.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._for_batch(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -174,11 +192,6 @@ class RTNLayer(QuantizedLayer):
     def _dequantize(self, name: str) -> Tensor:
         codes = unpack_codes(self.state[f"{name}_codes"], self.bits, self.width)
         return (codes.float() - self.state[f"{name}_zero"].float()) * self.state[f"{name}_scale"].float()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        kept = self.length - abs(tokens_to_remove)
-        self.state = {name: tensor[:, :, :kept] for name, tensor in self.state.items()}
-        self.length = kept
 
 
 class SimulatedLayer(QuantizedLayer):

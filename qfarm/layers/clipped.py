@@ -145,8 +145,3 @@ class ClippedLayer(QuantizedLayer):
     def _dequantize(self, name: str, start: int, stop: int, grid: ClippedAsymmetric) -> Tensor:
         codes = unpack_codes(self.state[f"{name}_codes"], grid.bits, stop - start).float()
         return (codes - self.state[f"{name}_zero"].float()) * self.state[f"{name}_scale"].float()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        kept = self.length - abs(tokens_to_remove)
-        self.state = {name: tensor[:, :, :kept] for name, tensor in self.state.items()}
-        self.length = kept

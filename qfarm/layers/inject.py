@@ -91,7 +91,7 @@ def _inject(
     if given is not None and not (type(given) is DynamicCache and given.get_seq_length() == 0):
         raise InvalidInput(f"a {type(given).__name__} was passed to a model whose KV cache is quantized")
     mask = kwargs.get("attention_mask")
-    starts = mask.argmax(dim=1) if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    starts = mask.int().argmax(dim=1) if isinstance(mask, Tensor) and mask.dim() == 2 else None  # argmax takes no bool
     layers = [make() for make in makers]
     for block, layer in enumerate(layers):
         layer.prefill, layer.starts, layer.turn = loaded.prefill, starts, loaded.turns.get(block)
