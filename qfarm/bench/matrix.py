@@ -217,7 +217,7 @@ def least_operations(plan: Plan, facts: ModelFacts, settings: Settings, cells: i
     inputs are left out.
     """
     linear, head = facts.parameters[0], facts.config["vocab_size"] * facts.config["hidden_size"]
-    layers = facts.config["num_hidden_layers"]
+    layers: int = facts.config["num_hidden_layers"]
     width = facts.linear_shapes["o"][1]  # all heads side by side
     shapes = facts.linear_shapes.values()
     evaluated, calibrated = settings.windows * settings.length, settings.samples * settings.calibration_length

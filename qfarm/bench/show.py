@@ -125,8 +125,8 @@ def render_matrix(report: matrix.Report, width: int, color: bool = False) -> str
         f"floor: {report.operations:.3g} operations / {report.rate:.3g} per second = {report.floor_s:.1f} s; "
         f"largest difference of a perplexity between ways: {report.largest_difference:.1e}"
     )
-    lines = [Text(what), Text(_where(report.machine) + "\n"), table, Text("\n" + floor), Text(MATRIX_LEGEND)]
-    return terminal_text(lines, width, color)
+    head, foot = [Text(what), Text(_where(report.machine) + "\n")], [Text("\n" + floor), Text(MATRIX_LEGEND)]
+    return terminal_text([*head, table, *foot], width, color)
 
 
 def _where(machine: dict[str, Any]) -> str:
