@@ -98,14 +98,15 @@ def run(
     from qfarm import driver
     from qfarm.environment import data_folder
     from qfarm.plan import make_plan
-    from qfarm.store import FORMAT_FILE, Store
+    from qfarm.store import Store, is_store
     from qfarm.work import open_work
 
     checked = _job(job)
     if checked.file.resources.gpus == 0 and not (ray or address):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: the job must not take a GPU by chance
-    location = Path(checked.file.store).expanduser().resolve()
-    known = Store.open(location) if (location / FORMAT_FILE).exists() else None
+    given = checked.file.store
+    location = given if "://" in given else str(Path(given).expanduser().resolve())
+    known = Store.open(location) if is_store(location) else None
     planned = make_plan(checked, known, data_folder(data))
     work = open_work(planned, only)
     Store.open(location, create=True)
@@ -114,7 +115,7 @@ def run(
         settings = driver.Settings(address=address, resources=resources, retries=retries, data=data_folder(data))
         start = driver.run if ray or address else driver.run_local
         name = checked.file.name
-        summary = start(work, settings, watch or _ignore, job_name=name, store_location=str(location))
+        summary = start(work, settings, watch or _ignore, job_name=name, store_location=location)
         if summary.interrupted:
             raise KeyboardInterrupt
         if summary.failed or summary.stopped:

@@ -54,7 +54,7 @@ class Beacon:
         self._path = Path(store) / FOLDER / f"{socket.gethostname()}-{os.getpid()}.json"
         self._console, self._clock, self._written = console, clock, -EVERY
         self._job: dict[str, Any] = {}
-        self._works = True
+        self._works = "://" not in store  # an object store takes no file that is written over
 
     def __enter__(self) -> Self:
         return self

@@ -114,7 +114,8 @@ def _run_here(board: Board, settings: Settings) -> None:
     run_cell = pkgutil.resolve_name(settings.runner)
     session = pkgutil.resolve_name(settings.session)(settings.data)
     while not board.scheduler.done and board.stopped is None:
-        task = board.next_task(place.worker, gpus=board.scheduler.most_gpus)
+        shares = board.scheduler.open_by_gpus  # one worker here takes cells of every size
+        task = next(filter(None, (board.next_task(place.worker, gpus=gpus) for gpus in shares)), None)
         if task is None:
             time.sleep(board.scheduler.next_due(time.monotonic()) or 0.0)
             continue

@@ -144,7 +144,7 @@ def estimate(
         memory += tokens * hidden * size + FACTOR_BYTES * max(n for _, n in shapes) ** 2
     if "weight" in parse_scheme(cell.scheme).sites and cell.calibration:
         operations += layers * sum(2.0 * m * n * n for m, n in shapes)
-    same = work(dataclasses.asdict(cell), evaluators)
+    same = work(vars(cell), evaluators)
     device_bytes = past.bytes.get(same, int(memory))
     known = past.seconds.get(same)
     if known is not None:

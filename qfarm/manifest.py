@@ -58,13 +58,13 @@ class Manifest:
 
     def dump(self) -> bytes:
         fields = dataclasses.asdict(self)
-        return json.dumps(fields | {"checksum": _checksum(fields)}, indent=1).encode()
+        return json.dumps(fields | {"checksum": checksum(fields)}, indent=1).encode()
 
     @classmethod
     def load(cls, data: bytes) -> Manifest:
         """Raises ValueError for anything but a whole manifest, StoreError for one of a newer format."""
         fields = json.loads(data)
-        if not isinstance(fields, dict) or fields.pop("checksum", None) != _checksum(fields):
+        if not isinstance(fields, dict) or fields.pop("checksum", None) != checksum(fields):
             raise ValueError("its checksum is wrong")
         if fields["format"] > record.FORMAT:
             raise StoreError(newer(fields["format"]))
@@ -81,7 +81,8 @@ def key_of(kind: str, name: str) -> tuple[str, ...]:
     return tuple(key) if ending == "json" and len(key) == len(KINDS[kind].ids) and all(key) else ()
 
 
-def _checksum(fields: Mapping[str, Any]) -> str:
+def checksum(fields: Mapping[str, Any]) -> str:
+    """Of a manifest's other fields."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

@@ -61,9 +61,10 @@ class Cell:
     def quantizes_kv(self) -> bool:
         return "kv_cache" in parse_scheme(self.scheme).sites
 
-    @property
+    @functools.cached_property
     def cell_id(self) -> str:
-        identity = dataclasses.asdict(self)
+        # Not dataclasses.asdict: its deep copies would be most of what planning 100,000 cells takes.
+        identity = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         # The name under which a model or a text was found is not part of what it is.
         del identity["model"], identity["recipe"], identity["variant"]
         if not self.rounded:

@@ -45,6 +45,13 @@ class PackedFolder:
         below = (name.removeprefix(start) for name in self._names if name.startswith(start))
         return sorted(name for name in below if name and "/" not in name)
 
+    def stamps(self, folder: str) -> dict[str, str]:
+        """What marks each file of a folder: its checksum."""
+        return {name: f"{self._archive.getinfo(f'{folder}/{name}').CRC:08x}" for name in self.names(folder)}
+
+    def age(self, path: str) -> float | None:
+        return None
+
     def exists(self, path: str) -> bool:
         return path in self._names
 

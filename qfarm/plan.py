@@ -131,13 +131,18 @@ def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisio
     ended = _ended_early(job, store, [cell.cell_id for cell in matrix.cells])
     notes |= dict.fromkeys(_false_stops(job, matrix.cells))
     with_kv = {cell.fingerprint for cell in matrix.cells if cell.quantizes_kv}
-    for cell in matrix.cells:
-        wanted = {
+
+    @functools.cache
+    def asked(tokenizer: str, dtype: str, kinds: tuple[bool, ...]) -> dict[str, tuple[EvaluationSpec, Evaluator]]:
+        return {
             spec.eval_id: (spec, evaluator)
-            for kv in _cache_kinds(cell, with_kv)
+            for kv in kinds
             for evaluator in _cheapest_first(job.evaluations)
-            for spec in [_spec(evaluator, cell, hash_of, kv=kv)]
+            for spec in [_spec(evaluator, tokenizer, dtype, hash_of, kv=kv)]
         }
+
+    for cell in matrix.cells:
+        wanted = asked(cell.tokenizer, cell.dtype, _cache_kinds(cell, with_kv))
         specs = [spec for spec, _ in wanted.values()]
         done = [cell.cell_id in quantized and (cell.cell_id, spec.eval_id) in finished for spec in specs]
         lacking = tuple(spec for spec, known in zip(specs, done, strict=True) if not known)
@@ -237,8 +242,8 @@ def _refuse_long_windows(job: Job, cell: Cell, facts: ModelFacts) -> None:
             raise JobError(f"{job.path}: {what}: {length} tokens at once, but {cell.model} reads at most {limit}")
 
 
-def _spec(evaluator: Evaluator, cell: Cell, hash_of: Any, *, kv: bool) -> EvaluationSpec:
-    protocol = evaluator.protocol(cell.tokenizer, cell.dtype, hash_of, kv=kv)
+def _spec(evaluator: Evaluator, tokenizer: str, dtype: str, hash_of: Any, *, kv: bool) -> EvaluationSpec:
+    protocol = evaluator.protocol(tokenizer, dtype, hash_of, kv=kv)
     return EvaluationSpec(
         eval_id=eval_id(protocol),
         name=evaluator.name,

@@ -13,6 +13,7 @@ import errno
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterable
 
 from qfarm.errors import StoreError, StoreFull
@@ -67,6 +68,26 @@ class LocalFolder:
             return sorted(os.listdir(self._absolute(folder)))
         except FileNotFoundError:
             return []
+
+    def stamps(self, folder: str) -> dict[str, str]:
+        """What marks each file of a folder: its size and the time when it was written. Raises OSError."""
+        found = {}
+        try:
+            with os.scandir(self._absolute(folder)) as entries:
+                for entry in entries:
+                    with contextlib.suppress(FileNotFoundError):  # written aside, and published meanwhile
+                        status = entry.stat()
+                        found[entry.name] = f"{status.st_size}-{status.st_mtime_ns}"
+        except FileNotFoundError:
+            return {}
+        return found
+
+    def age(self, path: str) -> float | None:
+        """Seconds since a file was written, by the clock of this machine; None if it is gone."""
+        try:
+            return time.time() - os.stat(self._absolute(path)).st_mtime
+        except OSError:
+            return None
 
     def exists(self, path: str) -> bool:
         return os.path.lexists(self._absolute(path))

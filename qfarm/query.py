@@ -73,6 +73,10 @@ def connect(store: Store, aside: str, *, differences: bool = True) -> duckdb.Duc
     connection.execute(f"SET temp_directory = {_quoted(aside)}")
     allowed: list[str] = []
     for table in record.TABLES:
+        if not store.has_files:
+            connection.register(f"rows_{table}", store.read(table))
+            connection.execute(f"CREATE VIEW {table} AS SELECT * FROM rows_{table}")
+            continue
         files = store.files(table)
         allowed += files
         _view(connection, table, files)

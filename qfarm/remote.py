@@ -19,6 +19,7 @@ from typing import Any
 
 from qfarm.cluster import answers, process_environment, token_line
 from qfarm.errors import InvalidInput, Unavailable
+from qfarm.objects import check_url, is_url
 
 logger = logging.getLogger(__name__)
 
@@ -77,15 +78,13 @@ def require_shared_store(store: str) -> None:
 
     A relative one would lie in a folder of the cluster that is deleted later.
     """
-    if "://" in store:
-        problem = "object stores are not supported yet"
+    if is_url(store):
+        check_url(store)
     elif not os.path.isabs(store):
-        problem = "is relative, and the job does not run on this machine"
-    else:
-        return
-    raise InvalidInput(
-        f'store: "{store}" {problem}; give an absolute path on a file system that all machines of the cluster share'
-    )
+        raise InvalidInput(
+            f'store: "{store}" is relative, and the job does not run on this machine; give s3://BUCKET/PREFIX, or an '
+            "absolute path on a file system that all machines of the cluster share"
+        )
 
 
 def path_there(given: str, working_dir: Path, remedy: str) -> str:

@@ -157,6 +157,7 @@ class _Item:
     number: int = 0
     charged: int = 0
     failures: dict[Failure, int] = dataclasses.field(default_factory=dict)
+    hired_for: bool = False  # counted among the cells that workers may be hired for
 
 
 class Scheduler:
@@ -179,7 +180,7 @@ class Scheduler:
         self._ranking: dict[float, list[tuple[bool, float, int, int, _Model]]] = {}
         self._backoff: list[tuple[float, int, _Item]] = []
         self._count = dict.fromkeys(State, 0)
-        self._open: dict[float, int] = {}  # cells that are not closed, by GPUs
+        self._open: dict[float, int] = {}  # cells that workers may be hired for, by GPUs
         self._estimated = estimates is not None and len(estimates) > 0
         self._taken_s = self._expected_s = 0.0  # of finished cells
         self._look_at = 0.0  # when to look for stragglers again
@@ -199,7 +200,6 @@ class Scheduler:
             item = _Item(cell, cell_id, order, seconds, model, group)
             self._items[cell_id] = item
             self._count[State.BLOCKED] += 1
-            self._open[plan.gpus] = self._open.get(plan.gpus, 0) + 1
             model.pending_s += seconds
             if cell.is_baseline:
                 baselines[loaded] = item
@@ -210,6 +210,7 @@ class Scheduler:
         for item in self._items.values():
             if item.cell_id in needy and item.model.baseline is not None:
                 item.model.blocked.append(item)
+                self._count_open(item)
             else:
                 self._change(item, State.READY)
 
@@ -224,13 +225,11 @@ class Scheduler:
 
     @property
     def open_by_gpus(self) -> dict[float, int]:
-        """Cells that are not closed yet, by the GPUs of a worker that takes them; most GPUs first."""
-        return {gpus: count for gpus, count in sorted(self._open.items(), reverse=True) if count}
+        """Cells that workers may be hired for, by the GPUs of these; most GPUs first.
 
-    @property
-    def most_gpus(self) -> float:
-        """What a worker needs that takes the open cells which want most."""
-        return next(iter(self.open_by_gpus), 0.0)
+        Not those that wait for a baseline which other workers take: theirs would hold the GPUs that it needs.
+        """
+        return {gpus: count for gpus, count in sorted(self._open.items(), reverse=True) if count}
 
     @property
     def open_cells(self) -> tuple[Cell, ...]:
@@ -434,9 +433,16 @@ class Scheduler:
         item.state = state
         if state is State.READY:
             heapq.heappush(item.group.queue, (-item.seconds, item.order, item))
-        if state in CLOSED:
-            self._open[model.gpus] -= 1
+        self._count_open(item)
         self._rank(model)
+
+    def _count_open(self, item: _Item) -> None:
+        """Whether workers may be hired for the item, as its state has it now."""
+        model = item.model
+        waits = item.state is State.BLOCKED and model.baseline is not None and model.baseline.model is not model
+        counts = item.state not in CLOSED and not waits
+        self._open[model.gpus] = self._open.get(model.gpus, 0) + counts - item.hired_for
+        item.hired_for = counts
 
     def _close(self, item: _Item, state: State) -> None:
         """Finish an item or give it up. Either way nobody waits for a baseline any more."""

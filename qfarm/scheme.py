@@ -7,6 +7,7 @@ Written as letters and widths: `w4`, `w4a16`, `w8a8`, `w4a4kv4`, `kv2`, `w4/8a8`
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 from qfarm.errors import InvalidInput
@@ -58,6 +59,7 @@ class Scheme:
         return frozenset(touched | ({"weight"} if self.weight_widths else set()))
 
 
+@functools.lru_cache(1024, typed=True)
 def parse_scheme(text: str | int) -> Scheme:
     """Read a scheme; a bare number means weights (`4` is `w4`). Raises InvalidInput."""
     given = str(text).strip().lower()

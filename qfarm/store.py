@@ -5,6 +5,7 @@
     STORE/manifests/evaluation/CELL.EVALUATION.json          of metrics, documents, analysis
     STORE/manifests/attempt/CELL.ATTEMPT.json                of attempts
     STORE/parts/TABLE/CELL[.EVALUATION].ATTEMPT.TOKEN.parquet
+    STORE/generations/                                       the same rows in few files (qfarm.generation)
     STORE/running/HOST-PID.json                              news of jobs at work (qfarm.beacon); no result
 
 Parts are published first, their manifest last. The first manifest of a name wins, and readers read only what manifests
@@ -21,17 +22,21 @@ import os
 import re
 import secrets
 import zipfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from qfarm import record
 from qfarm.errors import StoreError, StoreFull, nearest
+from qfarm.generation import FOLDER as GENERATIONS
+from qfarm.generation import Generation, compact, in_order, latest, strangers, verified
 from qfarm.manifest import KINDS, Manifest, Part, key_of, manifest_path, newer
+from qfarm.objects import ObjectFolder, is_url
 from qfarm.packed import PackedFolder
 from qfarm.publish import NO_SPACE, LocalFolder, is_aside
 from qfarm.record import AnalysisRow, AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow
@@ -45,14 +50,26 @@ READERS = 4
 
 
 class Folder(Protocol):
-    """Where a store's files are: qfarm.publish.LocalFolder, or a pack."""
+    """Where a store's files are: qfarm.publish.LocalFolder, qfarm.objects.ObjectFolder, or a pack."""
 
     def make(self, folders: Iterable[str]) -> None: ...
     def publish(self, path: str, data: bytes) -> bool: ...
     def read(self, path: str) -> bytes: ...
     def names(self, folder: str) -> list[str]: ...
+    def stamps(self, folder: str) -> dict[str, str]: ...
+    def age(self, path: str) -> float | None: ...
     def exists(self, path: str) -> bool: ...
     def remove(self, path: str) -> None: ...
+
+
+def is_store(location: str) -> bool:
+    """Whether there is one, of whatever format. Raises StoreError for a URL that cannot be asked."""
+    if not is_url(location):
+        return os.path.exists(os.path.join(location, FORMAT_FILE))
+    try:
+        return Store._at(location)._folder.exists(FORMAT_FILE)
+    except OSError as error:
+        raise StoreError(f"{location}: the store cannot be read: {error.strerror or error}") from error
 
 
 class Findings(NamedTuple):
@@ -62,31 +79,48 @@ class Findings(NamedTuple):
     leftovers: list[str]  # files of writers that died, or are still at work; no reader ever sees them
 
 
+class Compacted(NamedTuple):
+    """What `Store.compact` made."""
+
+    publications: int
+    files: int
+    bytes: int
+
+
 class Store:
-    """A store in a local folder. Any number of processes may publish and read at the same time."""
+    """A store in a folder or an object store. Any number of processes may publish and read at the same time."""
 
     def __init__(self, location: str, folder: Folder | None = None) -> None:
         self.location = location
         self._folder = folder or LocalFolder(location)
+        self._compacted: Generation | None = None
+        self._looked = False  # for it
 
     @classmethod
     def open(cls, location: str | Path, *, create: bool = False) -> Store:
-        """The store at `location`, a folder or a pack; `create` makes it where there is nothing yet.
+        """The store at `location`: a folder, a pack, or s3://BUCKET/PREFIX; `create` makes it where there is none.
 
         Raises StoreError when there is no store, when it cannot be read or made, or when its format is newer than ours.
         """
-        # A Path has made one slash of the two. A drive letter is no scheme.
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(location)):
-            raise StoreError(f"{location}: object stores are not supported yet by this version; give a local folder")
-        path = os.path.abspath(os.path.expanduser(location))
-        if os.path.isfile(path) and zipfile.is_zipfile(path):
-            store = cls(path, PackedFolder(path))
-        else:
-            store = cls(path)
+        store = cls._at(location)
         if create:
             store._create()
         store._check_format()
         return store
+
+    @classmethod
+    def _at(cls, location: str | Path) -> Store:
+        if is_url(location):
+            # A Path has made one slash of the two.
+            folder = ObjectFolder(str(location).replace(":/", "://", 1) if isinstance(location, Path) else location)
+            return cls(folder.root, folder)
+        path = os.path.abspath(os.path.expanduser(location))
+        return cls(path, PackedFolder(path)) if os.path.isfile(path) and zipfile.is_zipfile(path) else cls(path)
+
+    @property
+    def has_files(self) -> bool:
+        """Whether its parts are files that other programs can open."""
+        return isinstance(self._folder, LocalFolder)
 
     def publish_cell(self, cell: CellRow, layers: Sequence[LayerRow]) -> bool:
         """Publish a quantized cell. False: somebody was first, and nothing has changed."""
@@ -137,12 +171,16 @@ class Store:
         """
         target = _target(table, columns)
         kind = next(name for name, kind in KINDS.items() if table in kind.tables)
-        keys = [key for key in self._keys(kind) if cell_ids is None or key[0] in cell_ids]
+        keys = [key for key in self._uncovered(kind) if cell_ids is None or key[0] in cell_ids]
+        wanted = list(dict.fromkeys([*target.names, *KINDS[kind].ids]))
+        old = self._compacted_rows(table, wanted, cell_ids)
         with ThreadPoolExecutor(READERS) as pool:
-            loaded = pool.map(lambda key: self._load(kind, key, table, target.names), keys)
+            loaded = pool.map(lambda key: self._load(kind, key, table, wanted if old else target.names), keys)
             parts = [part for parts in loaded for part in parts]
         try:
-            merged = pa.concat_tables([target.empty_table(), *parts], promote_options="permissive")
+            merged = pa.concat_tables([target.empty_table(), *old, *parts], promote_options="permissive")
+            if old and parts:
+                merged = in_order(merged, kind)
             # Thousands of tiny chunks make every query that follows some 20 times slower.
             return merged.select(target.names).cast(target).combine_chunks()
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -154,24 +192,76 @@ class Store:
         They are not compared with their manifests: `check` does that.
         """
         _target(table, None)
+        if isinstance(self._folder, ObjectFolder):
+            raise StoreError(f"{self.location}: objects are no files; read its tables instead")
         if os.path.isfile(self.location):
             raise StoreError(
                 f"{self.location}: a pack holds no files; `qfarm store merge STORE PACK` makes a store of it"
             )
         kind = next(name for name, kind in KINDS.items() if table in kind.tables)
+        old = self._generation()
         with ThreadPoolExecutor(READERS) as pool:
-            found = pool.map(lambda key: self._found(manifest_path(kind, key)), self._keys(kind))
-            return [
-                os.path.join(self.location, part.path)
-                for manifest in found
-                for part in (manifest.parts if manifest else ())
-                if part.table == table
-            ]
+            found = pool.map(lambda key: self._found(manifest_path(kind, key)), self._uncovered(kind))
+            parts = [part for manifest in found for part in (manifest.parts if manifest else ()) if part.table == table]
+        return [os.path.join(self.location, part.path) for part in (*(old.of(table) if old else ()), *parts)]
 
     def publications(self) -> list[Manifest]:
         """Every manifest that readers see, kind by kind in the order of the names. Torn ones are passed over."""
         paths = (manifest_path(kind, key) for kind in KINDS for key in self._keys(kind))
         return [manifest for path in paths if (manifest := self._found(path)) is not None]
+
+    def manifests(self, kind: str, names: Iterable[str]) -> Iterator[Manifest | None]:
+        """Manifests of a kind by name, in that order; None for a torn one."""
+        with ThreadPoolExecutor(READERS) as pool:
+            yield from pool.map(lambda name: self._found(f"manifests/{kind}/{name}"), names)
+
+    def rows_of(self, part: Part) -> pa.Table:
+        """All columns of a part, compared with its manifest. Raises StoreError."""
+        try:
+            return self._part(part).read(use_threads=False)
+        except ValueError as error:
+            raise StoreError(f"{self.location}/{part.path}: {error}; {CHECK_HINT}") from error
+
+    def compact(self) -> Compacted | None:
+        """Put the rows of everything published so far into few files, which readers take from now on.
+
+        Nothing is removed but the generations before the last. None: another process did it meanwhile.
+        """
+        done = compact(self, self._folder)
+        self._looked = False
+        if done is None:
+            return None
+        generation, size = done
+        return Compacted(sum(map(len, generation.covered.values())), len(generation.parts), size)
+
+    def _generation(self) -> Generation | None:
+        """The store's generation, looked for once: what is published later is read beside it."""
+        if not self._looked:
+            try:
+                self._compacted, self._looked = latest(self._folder), True
+            except OSError as error:
+                raise StoreError(f"{self.location}: the store cannot be read: {error.strerror or error}") from error
+        return self._compacted
+
+    def _uncovered(self, kind: str) -> list[tuple[str, ...]]:
+        """The ids of manifests whose rows are in no generation."""
+        old = self._generation()
+        covered = old.covered[kind] if old else frozenset()
+        return [key for key in self._keys(kind) if f"{'.'.join(key)}.json" not in covered]
+
+    def _compacted_rows(self, table: str, columns: list[str], cell_ids: Collection[str] | None) -> list[pa.Table]:
+        old = self._generation()
+        found = []
+        for part in old.of(table) if old else ():
+            try:
+                file = pa.BufferReader(verified(self._folder, part))
+                there = [name for name in columns if name in pq.read_schema(file).names]
+                chosen = None if cell_ids is None else pc.field("cell_id").isin(pa.array(list(cell_ids), pa.string()))
+                file.seek(0)
+                found.append(pq.read_table(file, columns=there, filters=chosen))
+            except (OSError, ValueError) as error:
+                raise StoreError(f"{self.location}/{part.path}: {error}; run `qfarm store compact` again") from error
+        return found
 
     def bytes_of(self, part: Part) -> bytes:
         """A part as it lies, compared with its manifest. Raises StoreError."""
@@ -204,6 +294,25 @@ class Store:
 
     def check(self) -> Findings:
         """Hold every file against its manifest. A sound store has no faults; leftovers do it no harm."""
+        faults, left = self._examined()
+        words = "no manifest names it; its writer died or is still at work"
+        return Findings(faults, [f"{self.location}/{path}: {words}" for path in left])
+
+    def clean(self, older_s: float) -> list[str]:
+        """Remove the leftovers that were written longer ago than so many seconds; what was removed.
+
+        Nobody who is still at work may be so slow: their clocks may differ, and a part lies there before its manifest.
+        """
+        old = []
+        for path in self._examined()[1]:
+            age = self._folder.age(path)
+            if age is not None and age >= older_s:
+                self._folder.remove(path)
+                old.append(path)
+        return old
+
+    def _examined(self) -> tuple[list[str], list[str]]:
+        """Faults, and the paths of leftovers."""
         # Parts are listed before the manifests, so that a publication that ends meanwhile leaves no orphans.
         lying = [f"parts/{table}/{name}" for table in record.TABLES for name in self._names(f"parts/{table}")]
         lying += [name for name in self._names("") if is_aside(name)]
@@ -216,12 +325,8 @@ class Store:
                     lying.append(path)
                 else:
                     faults += self._check_manifest(path, named)
-        leftovers = [
-            f"{self.location}/{path}: no manifest names it; its writer died or is still at work"
-            for path in lying
-            if path not in named
-        ]
-        return Findings(faults, leftovers)
+        faults += self._check_generation(lying)
+        return faults, [path for path in lying if path not in named]
 
     def _create(self) -> None:
         """Make the folder a store, unless it is one. Raises StoreError, or StoreFull when there is no space."""
@@ -240,7 +345,7 @@ class Store:
             self._folder.make([f"parts/{table}" for table in record.TABLES])
         except OSError as error:
             raised = StoreFull if error.errno in NO_SPACE else StoreError
-            raise raised(f"{self.location}: no store can be made here: {error.strerror}") from error
+            raise raised(f"{self.location}: no store can be made here: {error.strerror or error}") from error
 
     def _check_format(self) -> None:
         try:
@@ -252,7 +357,7 @@ class Store:
         except NotADirectoryError as error:
             raise StoreError(f"{self.location}: a file, neither a whole pack nor the folder of a store") from error
         except OSError as error:
-            raise StoreError(f"{self.location}: the store cannot be read: {error.strerror}") from error
+            raise StoreError(f"{self.location}: the store cannot be read: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{self.location}/{FORMAT_FILE}: does not say the format of a store") from error
         if version > record.FORMAT:
@@ -293,7 +398,7 @@ class Store:
         try:
             return self._folder.names(folder)
         except OSError as error:
-            raise StoreError(f"{self.location}: the store cannot be read: {error.strerror}") from error
+            raise StoreError(f"{self.location}: the store cannot be read: {error.strerror or error}") from error
 
     def _keys(self, kind: str) -> list[tuple[str, ...]]:
         """The ids in the names of a kind's manifests, in the order of the names."""
@@ -308,7 +413,7 @@ class Store:
         except FileNotFoundError as error:
             raise ValueError("was deleted meanwhile") from error
         except OSError as error:
-            raise StoreError(f"{self.location}/{path}: cannot be read: {error.strerror}") from error
+            raise StoreError(f"{self.location}/{path}: cannot be read: {error.strerror or error}") from error
         except StoreError as error:
             raise StoreError(f"{self.location}/{path}: {error}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -351,7 +456,7 @@ class Store:
         except FileNotFoundError as error:
             raise ValueError("is missing, though a manifest names it") from error
         except OSError as error:
-            raise ValueError(f"cannot be read: {error.strerror}") from error
+            raise ValueError(f"cannot be read: {error.strerror or error}") from error
         if hashlib.sha256(data).hexdigest() != part.sha256:
             raise ValueError(
                 f"was altered: {len(data)} bytes of another sha256 than the manifest's ({part.bytes} bytes)"
@@ -373,6 +478,23 @@ class Store:
                 self._part(part)
             except ValueError as error:
                 faults.append(f"{self.location}/{part.path}: {error}")
+        return faults
+
+    def _check_generation(self, lying: list[str]) -> list[str]:
+        """Faults of the newest generation; its strangers are added to what lies about."""
+        names = self._names(GENERATIONS)
+        lying += strangers(self._folder)
+        old = self._generation()
+        if old is None:
+            whole = any(name.endswith(".json") for name in names)
+            hint = "torn, or what it covers has changed; run `qfarm store compact`"
+            return [f"{self.location}/{GENERATIONS}: the newest is not used: {hint}"] if whole else []
+        faults = []
+        for part in old.parts:
+            try:
+                verified(self._folder, part)
+            except (OSError, ValueError) as error:
+                faults.append(f"{self.location}/{part.path}: {error}; run `qfarm store compact` again")
         return faults
 
 

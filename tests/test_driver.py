@@ -380,6 +380,16 @@ def test_local_runs_the_same_way_without_ray(tmp_path: Path):
     assert isinstance(ran.events[-1], JobEnded)
 
 
+def test_local_takes_cells_of_every_share_of_a_gpu(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("qfarm.driver._require_gpu_here", lambda gpus: None)
+    cells = [
+        CellWork(cell=make_cell("m", 1), evaluations=(), needs_baseline=True, gpus=1.0),
+        CellWork(cell=make_cell("m", baseline=True), evaluations=(), gpus=0.25),
+        CellWork(cell=make_cell("m", 2), evaluations=(), gpus=0.5),
+    ]
+    assert farm(cells, tmp_path, local=True, resources=Resources(gpus=1)).summary.finished == 3
+
+
 def test_local_stops_when_the_store_is_full(tmp_path: Path):
     (tmp_path / "gated").touch()
     ran = farm(work("1:full", "a"), tmp_path, local=True)
@@ -871,10 +881,10 @@ def test_a_shared_store_is_accepted():
     remote.require_shared_store("/data/results")
 
 
-@pytest.mark.parametrize("store", ["s3://bucket/x", "file:///data"])
-def test_an_object_store_is_refused(store: str):
-    with pytest.raises(InvalidInput, match="object stores are not supported yet; give an absolute path on a file"):
-        remote.require_shared_store(store)
+def test_an_object_store_is_accepted_by_scheme():
+    remote.require_shared_store("s3://bucket/x")
+    with pytest.raises(InvalidInput, match="file:///data: no object store that is known; give s3:// or gs://"):
+        remote.require_shared_store("file:///data")
 
 
 def test_paths_are_sent_relative_to_what_is_sent(tmp_path: Path, monkeypatch):

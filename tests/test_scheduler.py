@@ -135,7 +135,7 @@ def test_a_new_worker_begins_with_statistics_that_nobody_has():
 def test_workers_take_only_cells_of_their_own_size():
     small, large = make_cell(0), make_cell(1)
     scheduler = Scheduler([CellPlan(cell=small, gpus=0.25), CellPlan(cell=large, gpus=2.0)], retries=0)
-    assert scheduler.open_by_gpus == {2.0: 1, 0.25: 1} and scheduler.most_gpus == 2.0
+    assert list(scheduler.open_by_gpus.items()) == [(2.0, 1), (0.25, 1)]
     assert scheduler.ready("w1", 0.0, gpus=1.0) is None
     assert scheduler.ready("w2", 0.0, gpus=0.25) == small
     assert scheduler.ready("w3", 0.0, gpus=2.0) == large
@@ -147,9 +147,11 @@ def test_a_baseline_of_another_size_is_waited_for_all_the_same():
     baseline, cell = make_cell(0, baseline=True), make_cell(0)
     work = [CellPlan(cell=baseline, gpus=0.5), CellPlan(cell=cell, needs_baseline=True, gpus=1.0)]
     scheduler = Scheduler(work, retries=0)
+    assert scheduler.open_by_gpus == {0.5: 1}  # workers for the cell would hold the GPU that the baseline needs
     assert scheduler.ready("w1", 0.0, gpus=1.0) is None
     assert scheduler.ready("w2", 0.0, gpus=0.5) == baseline
     scheduler.finished(baseline.cell_id, "w2", 1.0)
+    assert scheduler.open_by_gpus == {1.0: 1}
     assert scheduler.ready("w1", 1.0, gpus=1.0) == cell
 
 

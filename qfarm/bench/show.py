@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
+from qfarm import environment
 from qfarm.report.render import terminal_text
 
 if TYPE_CHECKING:
-    from qfarm.bench import matrix, tasks
+    from qfarm.bench import farm, matrix, tasks
+    from qfarm.bench.farm import Figure
     from qfarm.bench.methods import MethodResult, Report
 
 COLUMNS = (
@@ -127,6 +131,25 @@ def render_matrix(report: matrix.Report, width: int, color: bool = False) -> str
     )
     head, foot = [Text(what), Text(_where(report.machine) + "\n")], [Text("\n" + floor), Text(MATRIX_LEGEND)]
     return terminal_text([*head, table, *foot], width, color)
+
+
+def render_figures(figures: Sequence[Figure], width: int, color: bool = False) -> str:
+    """Every figure of the farm with its goal, and where it was taken."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("part")
+    table.add_column("what", overflow="fold")
+    for name in ("figure", "unit", "goal"):
+        table.add_column(name, justify="right" if name != "unit" else "left", no_wrap=True)
+    for one in figures:
+        goal = "" if one.goal is None else f"<= {one.goal:g}{' missed' if one.missed else ''}"
+        table.add_row(one.part, one.what, f"{one.value:,.3f}".rstrip("0").rstrip("."), one.unit, goal)
+    where = f"{environment.cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} over the last minute"
+    return terminal_text([table, Text(f"\n{where}")], width, color)
+
+
+def render_figures_json(settings: farm.Settings, figures: Sequence[Figure]) -> str:
+    found = {"settings": dataclasses.asdict(settings), "figures": [dataclasses.asdict(one) for one in figures]}
+    return json.dumps(found, indent=2) + "\n"
 
 
 def _where(machine: dict[str, Any]) -> str:

@@ -179,3 +179,49 @@ def bench_matrix(style: str, ways: str, data: str | None, **settings: Any) -> No
     chosen = bench.Settings(ways=names, data=data_folder(data), **settings)
     report = bench.run(chosen, lambda text: click.echo(text, err=True))
     click.echo(render_json(report) if style == "json" else render_matrix(report, width(), color()), nl=False)
+
+
+@bench_group.command("farm")
+@click.option(
+    "--parts",
+    default="plan,simulated,ray,store",
+    show_default=True,
+    metavar="A,B",
+    help="What to measure; ray starts a Ray of its own.",
+)
+@click.option("--cells", type=click.IntRange(1_000), default=100_000, show_default=True, help="Planned and simulated.")
+@click.option("--workers", type=click.IntRange(1), default=1_000, show_default=True, help="Simulated.")
+@click.option("--seed", default=0, show_default=True, help="Of the simulation.")
+@click.option("--ray-cells", type=click.IntRange(1), default=500, show_default=True)
+@click.option("--ray-sleep", "ray_sleep_s", type=click.FloatRange(0), default=0.0, show_default=True, metavar="S")
+@click.option("--store-cells", type=click.IntRange(2), default=1_000, show_default=True)
+@click.option("--documents", type=click.IntRange(2), default=20, show_default=True, help="Of each stored cell.")
+@click.option("--store", metavar="DIR", help="Where to make the store, and keep it; default: a temporary folder.")
+@click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
+def bench_farm(style: str, parts: str, store: str | None, **settings: Any) -> None:
+    """What many cells cost beside themselves: planning, scheduling, handing out on Ray, storing, reporting.
+
+    Exit code 1 when a figure misses its goal.
+
+    \b
+    Examples:
+      qfarm bench farm
+      qfarm bench farm --parts simulated --seed 3
+      qfarm bench farm --parts store --store-cells 100000
+    """
+    from qfarm.bench import farm as bench
+    from qfarm.bench.show import render_figures, render_figures_json
+    from qfarm.errors import nearest
+    from qfarm.store import is_store
+
+    names = tuple(filter(None, (name.strip() for name in parts.split(","))))
+    for name in names:
+        if name not in bench.PARTS:
+            raise InvalidInput(f'--parts: unknown part "{name}"{nearest(name, bench.PARTS)}')
+    if store is not None and is_store(store):
+        raise InvalidInput(f"--store {store}: holds a store; the benchmark makes a new one")
+    chosen = bench.Settings(parts=names, store=store, **settings)
+    figures = bench.run(chosen, lambda text: click.echo(text, err=True))
+    text = render_figures_json(chosen, figures) if style == "json" else render_figures(figures, width(), color())
+    click.echo(text, nl=False)
+    raise click.exceptions.Exit(FAILED if any(one.missed for one in figures) else 0)

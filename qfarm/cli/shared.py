@@ -71,9 +71,9 @@ def store_location(job: Job) -> str:
 
 
 def is_store(location: str) -> bool:
-    from qfarm.store import FORMAT_FILE
+    from qfarm import store
 
-    return "://" in location or (Path(location) / FORMAT_FILE).exists()
+    return store.is_store(location)
 
 
 def open_store(location: str, *, create: bool = False) -> Store:

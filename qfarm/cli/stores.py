@@ -1,4 +1,4 @@
-"""Stores: `pack`, `store merge`, `store check`."""
+"""Stores: `pack`, `store merge`, `store check`, `store compact`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 
 from qfarm.cli.shared import FAILED, Group, last_store, open_store
+
+LEFTOVER_S = 86_400  # no writer is at work on one file for so long, even by a clock that is wrong
 
 
 @click.command("pack")
@@ -61,7 +63,8 @@ def store_merge(into: str, others: tuple[str, ...]) -> None:
 
 @store_group.command("check")
 @click.argument("store", required=False)
-def store_check(store: str | None) -> None:
+@click.option("--clean", is_flag=True, help="Remove what killed writers left behind more than a day ago.")
+def store_check(store: str | None, clean: bool) -> None:
     """Verify every file of STORE against its manifests; exit code 1 when something is wrong.
 
     STORE may be a pack. Files that a killed writer left behind are listed, but no reader sees them: the store is sound
@@ -73,9 +76,34 @@ def store_check(store: str | None) -> None:
     """
     from qfarm.report.figures import plural
 
-    faults, leftovers = open_store(store or last_store()).check()
+    found = open_store(store or last_store())
+    if clean:
+        for path in found.clean(LEFTOVER_S):
+            click.echo(f"{found.location}/{path}: removed")
+    faults, leftovers = found.check()
     for line in (*faults, *leftovers):
         click.echo(line)
     left = f"; {plural(len(leftovers), 'leftover file')}: harmless" if leftovers else ""
     click.echo((plural(len(faults), "fault") if faults else "the store is sound") + left)
     raise click.exceptions.Exit(FAILED if faults else 0)
+
+
+@store_group.command("compact")
+@click.argument("store", required=False)
+def store_compact(store: str | None) -> None:
+    """Copy the rows of STORE's many small files into a few large ones, which every reader takes from then on.
+
+    What was published stays as it is and counts: results can be added, checked, packed and merged as before. Jobs may
+    be at work meanwhile.
+
+    \b
+    Example:
+      qfarm store compact results/quickstart
+    """
+    from qfarm.report.figures import plural, size
+
+    found = open_store(store or last_store()).compact()
+    if found is None:
+        click.echo("another process has compacted the store meanwhile")
+    else:
+        click.echo(f"{plural(found.publications, 'publication')} in {plural(found.files, 'file')}, {size(found.bytes)}")

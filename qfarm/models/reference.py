@@ -51,12 +51,12 @@ class ModelFacts:
         """True when the model could not be reached: shapes come from the table of known models, ids will change."""
         return self.fingerprint.startswith(PROVISIONAL)
 
-    @property
+    @functools.cached_property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of each role's linear layer."""
         return linear_shapes(self.config, self.reference)
 
-    @property
+    @functools.cached_property
     def parameters(self) -> tuple[int, int]:
         """(decoder linears, embeddings and head)."""
         return parameter_counts(self.config, self.reference)
