@@ -68,6 +68,9 @@ class BPDQ(WeightSolver):
         "report", description="when RTN has the smaller error on ordinary tokens: say so, or use RTN"
     )
 
+    def packed_refusal(self) -> str | None:
+        return "its bit planes with shared coefficients have no packed operator"
+
     def refusal(self, group_size: int, symmetric: bool) -> str | None:
         return "the levels of a group are free, not symmetric; use symmetric: false" if symmetric else None
 

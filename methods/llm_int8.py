@@ -77,6 +77,9 @@ class LLMInt8(WeightSolver, ActivationMethod):
         "simulated", description="exact simulation, or the library's operators (mode: bnb, half: true)"
     )
 
+    def packed_refusal(self) -> str | None:
+        return "it takes outlier columns out of each call, and there is no packed operator for the rest"
+
     def refusal(self, group_size: int, symmetric: bool) -> str | None:
         if group_size != -1:
             return f"every row has one scale: the group size must be -1, not {group_size}"

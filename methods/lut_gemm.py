@@ -72,6 +72,9 @@ class LUTGEMM(WeightSolver):
     feedback: bool = Field(False, description="push rounding errors onto later columns, as GPTQ does")
     damping: float = Field(0.01, gt=0, description="with feedback: added to diag(H), as a fraction of its mean")
 
+    def packed_refusal(self) -> str | None:
+        return "its binary codes have no packed operator here (their kernel is a table look-up)"
+
     def refusal(self, group_size: int, symmetric: bool) -> str | None:
         if self.start == "uniform" and not self.offset:
             return "start: uniform needs offset: true, since its levels are not centred on 0"

@@ -81,6 +81,9 @@ class PTQ161(BlockSolver):
     learning_rate: float = Field(5e-4, gt=0, description="of alpha; OPT and LLaMA-2 used 9e-5")
     factor_learning_rate: float = Field(1e-3, gt=0, description="of r1 and r2; OPT and LLaMA-2 used 9e-3")
 
+    def packed_refusal(self) -> str | None:
+        return "its binary weights with kept columns have no packed operator"
+
     def refusal(self, group_size: int, symmetric: bool) -> str | None:
         if group_size != -1:
             return f"it quantizes whole rows: the group size must be -1, not {group_size}"

@@ -103,6 +103,9 @@ class QRazor(GridProvider, ActivationMethod, CacheMethod):
             if getattr(self, name) not in (None, *GROUPS):
                 raise InvalidInput(f"qrazor: {name}: razor groups are {_NAMED}, got {getattr(self, name)}")
 
+    def packed_refusal(self) -> str | None:
+        return "its weights carry a flag per group, which no packed operator reads"
+
     def resolve(self, group_size: int) -> Self:
         given = None if group_size == -1 else group_size
         group = self.group or given or USUAL_GROUP

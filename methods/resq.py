@@ -88,6 +88,9 @@ class ResQ(Rotation, GridProvider):
     def transform_statistics(self) -> frozenset[Statistic]:
         return frozenset({Statistic.HESSIAN})
 
+    def packed_refusal(self) -> str | None:
+        return "its weights have two widths in one row, which no packed operator reads"
+
     def statistics(self) -> frozenset[Statistic]:
         return frozenset()  # of its weights
 

@@ -96,6 +96,9 @@ class SpQR(WeightSolver):
         "report", description="when RTN has the smaller error on ordinary tokens: say so, or use RTN"
     )
 
+    def packed_refusal(self) -> str | None:
+        return "its weights kept apart and its two-level scales have no packed operator"
+
     def refusal(self, group_size: int, symmetric: bool) -> str | None:
         if symmetric:
             return "groups have real-valued zeros; use symmetric: false"

@@ -121,6 +121,9 @@ class ZeroQuant(BlockSolver, ActivationMethod):
                 )
         return None
 
+    def packed_refusal(self) -> str | None:
+        return None if self.number_of_groups is None else "number_of_groups: its groups run on from row to row"
+
     def quantize_linear(self, weight: Tensor, inputs: InputStatistics | None, grid: Grid) -> QuantizedWeight:
         grid = dataclasses.replace(grid, symmetric=self.symmetric, convention="deepspeed")
         if self.number_of_groups is None:

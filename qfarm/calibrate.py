@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qfarm.errors import NonFinite
 from qfarm.inputs import InputStatistics
+from qfarm.kernel_bytes import KernelBytes, kernel_bytes
 from qfarm.layers.linear import Branch, as_given, quantize_input
 from qfarm.models.load import LoadedModel
 from qfarm.quantized import QuantizedWeight, apart, input_factor, payload_bits
@@ -45,6 +46,7 @@ class LayerResult:
     output_error: float | None
     notes: dict[str, Any]
     payload_bits: float | None = None  # per weight, of codes alone; None: left alone
+    kernel: KernelBytes | str | None = None  # bytes as kernels read them, or why not; None: left alone
 
 
 GridOf = Callable[[str], Grid | None]  # role -> grid; None leaves layers of that role at 16 bits
@@ -257,6 +259,7 @@ def _replace(
         output_error=inputs.output_error(weight, values) if inputs else None,
         notes=quantized.notes,
         payload_bits=payload_bits(quantized),
+        kernel=kernel_bytes(quantized),
     )
     factor = input_factor(quantized)
     if factor is not None:

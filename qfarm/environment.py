@@ -52,6 +52,20 @@ def provenance() -> dict[str, Any]:
     return found
 
 
+def machine(device: Any) -> dict[str, Any]:
+    """What times depend on beside what is run: a torch.device, its name, threads, version of torch."""
+    import torch
+
+    known = provenance()
+    on_gpu = device.type == "cuda"
+    return {
+        "device": device.type,
+        "name": known["gpu"] if on_gpu else known["cpu"],
+        "threads": torch.get_num_threads(),  # unlike provenance's, as it is now
+        "torch": known["packages"]["torch"],
+    }
+
+
 def package_version(package: str) -> str | None:
     """Version of an installed package, or None."""
     try:

@@ -14,6 +14,7 @@ import yaml
 
 from qfarm.errors import InvalidInput, JobError, nearest
 from qfarm.margin import Margin, parse_margin
+from qfarm.runs import RUNS, Run
 from qfarm.scheme import Scheme, parse_scheme
 from qfarm.text import check_name
 
@@ -25,6 +26,11 @@ ScaleDtype = Literal["float16", "bfloat16", "float32"]
 ModelDtype = Literal["bfloat16", "float16", "float32"]
 Name = Annotated[str, pydantic.Field(min_length=1)]
 Seed = Annotated[int, pydantic.Field(ge=0, lt=1 << 32)]  # Python's generator takes -1 for 1, NumPy's takes 32 bits
+
+
+def _listed(given: object) -> object:
+    """One name, or a list of them, as a list."""
+    return [given] if isinstance(given, str) else given
 
 
 class Calibration(pydantic.BaseModel):
@@ -100,6 +106,7 @@ class JobFile(pydantic.BaseModel):
     calibration: Calibration = Calibration()
     seeds: list[Seed] = pydantic.Field(default_factory=lambda: [0], min_length=1)
     evaluate: list[Any] = pydantic.Field(min_length=1)
+    run: Annotated[list[Run], pydantic.BeforeValidator(_listed)] = ["fake"]
     margin: Margins = Margins()
     include: list[Include] = pydantic.Field(default_factory=list)
     exclude: list[Match] = pydantic.Field(default_factory=list)
@@ -129,6 +136,11 @@ class Job:
     exclude: tuple[Match, ...]
     evaluations: tuple[Any, ...]  # of qfarm.evaluate.Evaluator
     margins: Mapping[str, Margin] = dataclasses.field(default_factory=dict)  # by measure
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """In the order in which each cell has them."""
+        return tuple(run for run in RUNS if run in self.file.run)
 
 
 def load_job(path: str | Path) -> Job:
@@ -238,7 +250,7 @@ def _resolve(file: JobFile, path: str, where: _Locator) -> Job:
                 parse_scheme(match.bits)
             except InvalidInput as error:
                 raise JobError(f"{where('exclude', index, 'bits')}: {error}") from None
-    return Job(
+    job = Job(
         path=path,
         file=file,
         blocks=(main, *extra),
@@ -246,6 +258,24 @@ def _resolve(file: JobFile, path: str, where: _Locator) -> Job:
         evaluations=evaluations,
         margins=_margins(file.margin, where),
     )
+    _check_runs(job, where)
+    return job
+
+
+def _check_runs(job: Job, where: _Locator) -> None:
+    if not job.runs:
+        raise JobError(f"{where('run')}: empty; use {', '.join(RUNS)} or both")
+    if "packed" in job.runs and job.file.resources.gpus:
+        raise JobError(
+            f"{where('run')}: packed runs on CPUs only, no kernel is called on GPUs yet; "
+            f"write resources: {{gpus: 0}}, not {job.file.resources.gpus:g}"
+        )
+    for evaluation in job.evaluations:
+        if not set(evaluation.runs) & set(job.runs):
+            able, asked = " and ".join(evaluation.runs), " and ".join(job.runs)
+            raise JobError(
+                f"{where('run')}: {evaluation.name} is measured in run: {able}, not {asked}; [fake, packed] has both"
+            )
 
 
 def _margins(given: Margins, where: _Locator) -> dict[str, Margin]:

@@ -10,10 +10,12 @@ from typing import Any
 from qfarm.errors import Failure, JobError, Unavailable
 from qfarm.estimate import Estimate, estimate, gpu_share, history, machine_rate
 from qfarm.evaluate import Evaluator, eval_id
-from qfarm.job import Job
+from qfarm.job import Job, Resources
 from qfarm.matrix import Cell, Invalid, canonical_hash, expand
 from qfarm.models.reference import PROVISIONAL, ModelFacts, resolve
 from qfarm.recipe import Recipe, Stage, build_method, solves_blocks
+from qfarm.runs import Run, packed_refusal
+from qfarm.scheme import parse_scheme
 from qfarm.store import Store
 from qfarm.text import Part, text_hash
 
@@ -131,18 +133,26 @@ def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisio
     ended = _ended_early(job, store, [cell.cell_id for cell in matrix.cells])
     notes |= dict.fromkeys(_false_stops(job, matrix.cells))
     with_kv = {cell.fingerprint for cell in matrix.cells if cell.quantizes_kv}
+    not_packed = _not_packed(job, matrix.cells)
 
     @functools.cache
-    def asked(tokenizer: str, dtype: str, kinds: tuple[bool, ...]) -> dict[str, tuple[EvaluationSpec, Evaluator]]:
+    def asked(
+        tokenizer: str, dtype: str, kinds: tuple[bool, ...], runs: tuple[Run, ...]
+    ) -> dict[str, tuple[EvaluationSpec, Evaluator]]:
         return {
             spec.eval_id: (spec, evaluator)
+            for run in runs
             for kv in kinds
             for evaluator in _cheapest_first(job.evaluations)
-            for spec in [_spec(evaluator, tokenizer, dtype, hash_of, kv=kv)]
+            if run in evaluator.runs
+            for spec in [_spec(evaluator, tokenizer, dtype, hash_of, kv=kv, run=run, resources=resources)]
         }
 
     for cell in matrix.cells:
-        wanted = asked(cell.tokenizer, cell.dtype, _cache_kinds(cell, with_kv))
+        runs = tuple(run for run in job.runs if run != "packed" or cell.cell_id not in not_packed)
+        if not runs:
+            continue
+        wanted = asked(cell.tokenizer, cell.dtype, _cache_kinds(cell, with_kv), runs)
         specs = [spec for spec, _ in wanted.values()]
         done = [cell.cell_id in quantized and (cell.cell_id, spec.eval_id) in finished for spec in specs]
         lacking = tuple(spec for spec, known in zip(specs, done, strict=True) if not known)
@@ -169,7 +179,21 @@ def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisio
                 skipped=lacking if hopeless else (),
             )
         )
-    return Plan(job=job, cells=tuple(planned), invalid=(*matrix.invalid, *too_large), notes=(*matrix.notes, *notes))
+    invalid = (*matrix.invalid, *dict.fromkeys(not_packed.values()), *too_large)
+    return Plan(job=job, cells=tuple(planned), invalid=invalid, notes=(*matrix.notes, *notes))
+
+
+def _not_packed(job: Job, cells: Iterable[Cell]) -> dict[str, Invalid]:
+    """By cell_id: those that a job wants to run packed and that cannot be. Raises JobError where nothing remains."""
+    found: dict[str, Invalid] = {}
+    others = [cell for cell in cells if not cell.is_baseline]
+    for cell in others if "packed" in job.runs else ():
+        rule = packed_refusal(Recipe.from_specs(cell.methods), parse_scheme(cell.scheme))
+        if rule:
+            found[cell.cell_id] = Invalid(model=cell.model, label=f"{cell.label} packed", rule=rule)
+    if found and job.runs == ("packed",) and len(found) == len(others):
+        raise JobError(f"{job.path}: the matrix is empty: run: packed: {next(iter(found.values())).rule}")
+    return found
 
 
 def shares(cells: Iterable[Cell]) -> dict[str, tuple[str, ...]]:
@@ -198,8 +222,8 @@ def statistics_key(cell: Cell) -> str:
 
 
 def _cheapest_first(evaluations: Iterable[Evaluator]) -> list[Evaluator]:
-    """In the order in which they run: what can end a cell early before all else, then by tokens."""
-    return sorted(evaluations, key=lambda one: (one.stop_alpha is None, one.tokens()))
+    """In the order in which they run: gates, what can end a cell early, then by tokens."""
+    return sorted(evaluations, key=lambda one: (not one.gate, one.stop_alpha is None, one.tokens()))
 
 
 def _ended_early(job: Job, store: Store | None, cell_ids: Collection[str]) -> frozenset[tuple[str, str]]:
@@ -242,12 +266,17 @@ def _refuse_long_windows(job: Job, cell: Cell, facts: ModelFacts) -> None:
             raise JobError(f"{job.path}: {what}: {length} tokens at once, but {cell.model} reads at most {limit}")
 
 
-def _spec(evaluator: Evaluator, tokenizer: str, dtype: str, hash_of: Any, *, kv: bool) -> EvaluationSpec:
-    protocol = evaluator.protocol(tokenizer, dtype, hash_of, kv=kv)
+def _spec(
+    evaluator: Evaluator, tokenizer: str, dtype: str, hash_of: Any, *, kv: bool, run: Run, resources: Resources
+) -> EvaluationSpec:
+    protocol = evaluator.protocol(tokenizer, dtype, hash_of, kv=kv, run=run)
+    if evaluator.timed:  # so that a store can hold several; what the machine turns out to be stands in the row
+        protocol["worker"] = {"gpus": resources.gpus, "cpus": resources.cpus}
+    told = run == "packed" and len(evaluator.runs) > 1  # where the name alone does not say it
     return EvaluationSpec(
         eval_id=eval_id(protocol),
         name=evaluator.name,
-        label=evaluator.label,
+        label=f"{evaluator.label} packed" if told else evaluator.label,
         options=evaluator.options(),
         protocol=protocol,
     )

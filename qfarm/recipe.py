@@ -115,6 +115,10 @@ class Method:
         """The rule that forbids this chain, or None."""
         return None
 
+    def packed_refusal(self) -> str | None:
+        """Why the weights that it makes cannot be multiplied packed (`qfarm.layers.products`), or None."""
+        return None
+
     def model_refusal(self, config: Mapping[str, Any]) -> str | None:
         """The rule that forbids this model, given its configuration, or None."""
         return None

@@ -63,6 +63,13 @@ class CellRow:
         "bits per number at linear inputs, flags of groups included, scales of a call not; None: not quantized", None
     )
     activation_bytes: int | None = _unit("bytes of what calibration fixed for activations; None: unknown", None)
+    kernel_bytes: int | None = _unit(
+        "bytes of the quantized layers in the layout that kernels read; None: unknown, or a layer has none", None
+    )
+    kernel_causes: str | None = _unit(
+        "JSON: kernel_bytes - linear_bytes by cause (padding, wider_codes, scales, zeros), or no_layout: the reason",
+        None,
+    )
     kept_share: float | None = _unit("share of all parameters that are left in the model's dtype; None: unknown", None)
     causal: bool | None = _unit("no quantizer beside the weights looks across tokens; None: there is none", None)
     created: str = _unit("UTC, ISO 8601")

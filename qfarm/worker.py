@@ -10,8 +10,8 @@ import socket
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,17 +22,22 @@ from qfarm.calibrate import Keep, LayerResult, quantize_weights
 from qfarm.errors import Disagreement, Failure, InvalidInput, StoreFull, Unavailable, classify
 from qfarm.evaluate import build_evaluator
 from qfarm.inputs import Statistic
+from qfarm.kernel_bytes import of_layers
 from qfarm.layers.install import Installed, install_sites
 from qfarm.layers.observe import observe
+from qfarm.layers.packed_run import PackedModel
+from qfarm.layers.products import refuse_device
 from qfarm.layers.sites import Observed
 from qfarm.layers.twin import twin_blocks
 from qfarm.matrix import Cell, canonical_hash
 from qfarm.models.load import DTYPES, LoadedModel, load
 from qfarm.models.reference import ModelFacts, resolve
 from qfarm.plan import EvaluationSpec, Outcome, Task, statistics_key
+from qfarm.quantized import QuantizedWeight
 from qfarm.quantizer import Grid
 from qfarm.recipe import Method, Recipe, WeightSolver, build_method
 from qfarm.record import AnalysisRow, AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow, utc_now
+from qfarm.runs import run_of
 from qfarm.scheme import UNTOUCHED, Scheme, parse_scheme
 from qfarm.shared import KeptObservations, SharedStatistics, fits, needed_bytes, spare_bytes
 from qfarm.store import Store
@@ -59,7 +64,9 @@ class Session:
         self.keep_twins = False  # an evaluation compares with the model as it is before it is quantized
         self.twins: list[nn.Module] = []  # its blocks, transformed but not quantized
         self.causal = True  # False: the cell's quantizers look across tokens, so that padding would matter
+        self.packed: PackedModel | None = None  # the cell's packed layers, where an evaluation runs packed
         self.evaluation = ""  # eval_id of what is being run: it fixes the order in which windows are visited
+        self._peak = 0  # of this attempt's host memory before it was measured anew
         self._key: tuple[str, str, str] | None = None  # fingerprint, tokenizer and dtype of the loaded model
         self._loaded: LoadedModel | None = None
         self._facts: dict[str, ModelFacts] = {}
@@ -77,6 +84,23 @@ class Session:
         """Record something that this attempt did differently."""
         self.notes.append(text)
 
+    def start_peak(self) -> None:
+        """Have `peak_bytes` speak of what comes from here on; the attempt's own peak is kept."""
+        self._peak = self.attempt_peak() or 0
+        environment.reset_peak_host_bytes()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_bytes(self) -> int | None:
+        """The largest memory since `start_peak`: allocated on a GPU, else resident; None where it is not known."""
+        on_gpu = self.device.type == "cuda"
+        return torch.cuda.max_memory_allocated() if on_gpu else environment.peak_host_bytes()
+
+    def attempt_peak(self) -> int | None:
+        """The largest resident memory of this attempt; None where it is not known."""
+        latest = environment.peak_host_bytes()
+        return None if latest is None else max(latest, self._peak)
+
     def batch(self, tokens: int, length: int) -> int:
         """Sequences of `length` tokens per forward pass, from the usual tokens per pass."""
         return max(1, (tokens >> self.shrink) // length)
@@ -87,9 +111,10 @@ class Session:
         Raises InvalidInput when the model is no longer what was planned.
         """
         self.cell, self.shrink, self.notes, self.baseline_states = cell, shrink, [], {}
-        self.causal = True
+        self.causal, self.packed = True, None
         self.share = frozenset(Statistic(name) for name in share)
         self.keep_twins, self.twins = False, []
+        self._peak = 0
         if shrink:
             self.note(f"batches halved up to {shrink} times after running out of memory; last bits may differ")
         key = (cell.fingerprint, cell.tokenizer, cell.dtype)
@@ -272,7 +297,7 @@ def run_cell(task: Task, session: Session, report: Progress) -> Outcome:
             started=started,
             wall_s=seconds,
             stages=json.dumps(clock.seconds),
-            peak_host_bytes=environment.peak_host_bytes(),
+            peak_host_bytes=session.attempt_peak(),
             peak_gpu_bytes=torch.cuda.max_memory_allocated() if session.device.type == "cuda" else None,
             expected_s=task.expected_s,
             expected_from=task.expected_from,
@@ -298,6 +323,9 @@ def run_cell(task: Task, session: Session, report: Progress) -> Outcome:
 
 def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: list[tuple[str, float]]) -> float:
     cell = task.cell
+    packs = any(run_of(spec.protocol) == "packed" for spec in task.evaluations)
+    if packs:
+        refuse_device(session.device)
     with clock("load"):
         session.begin(cell, task.shrink, task.share)
     evaluators = [(spec, build_evaluator(spec.name, spec.options)) for spec in task.evaluations]
@@ -307,16 +335,24 @@ def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: lis
                 session.require_text(name, part, spec.protocol["texts"][f"{public_name(name)}/{part}"])
             with _reading_cache(session, spec):
                 evaluator.prepare(session)
+    weights: dict[str, QuantizedWeight] = {}
     with clock("quantize" if cell.calibration is None else "calibrate + quantize") as progress:
-        layers, installed = quantize_cell(session, progress)
+        layers, installed = quantize_cell(session, progress, weights.__setitem__ if packs else None)
     row = cell_row(task, session, layers, installed)
     store.publish_cell(row, [_layer_row(cell.cell_id, layer) for layer in layers])
+    if packs:
+        with clock("pack"):
+            session.packed = PackedModel(session.loaded, weights)
+            weights.clear()
+        for note in session.packed.notes():
+            session.note(note)
     for number, (spec, evaluator) in enumerate(evaluators, 1):
         with clock(f"evaluate {spec.label}") as progress, torch.no_grad():
             session.evaluation = spec.eval_id
-            with _reading_cache(session, spec):
+            with _reading_cache(session, spec), _running(session, spec):
                 result = evaluator.run(session, progress)
-        metrics = [_metric_row(task, spec, metric) for metric in result.metrics]
+        protocol = dict(spec.protocol) | ({"machine": environment.machine(session.device)} if evaluator.timed else {})
+        metrics = [_metric_row(task, spec, metric, protocol) for metric in result.metrics]
         documents = [
             DocumentRow(**dataclasses.asdict(document), cell_id=cell.cell_id, eval_id=spec.eval_id)
             for document in result.documents
@@ -325,7 +361,8 @@ def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: lis
             AnalysisRow(**dataclasses.asdict(figure), cell_id=cell.cell_id, eval_id=spec.eval_id)
             for figure in result.analysis
         ]
-        if not store.publish_evaluation(cell.cell_id, spec.eval_id, task.attempt_id, metrics, documents, analysis):
+        published = store.publish_evaluation(cell.cell_id, spec.eval_id, task.attempt_id, metrics, documents, analysis)
+        if not published and not evaluator.timed:
             _check_against_stored(session, store, spec, metrics[0])
         figures.append((spec.label, result.metrics[0].value))
         seen, left = result.metrics[0].stopped_early, [later.label for later, _ in evaluators[number:]]
@@ -358,12 +395,21 @@ def _reading_cache(session: Session, spec: EvaluationSpec) -> AbstractContextMan
     return session.loaded.reading_cache(**spec.protocol.get("kv", {"prefill": "quantized"}))
 
 
-def quantize_cell(session: Session, progress: Callable[[int, int], None]) -> tuple[list[LayerResult], Installed]:
+def _running(session: Session, spec: EvaluationSpec) -> AbstractContextManager[None]:
+    """The model as the evaluation runs it: simulated, or from packed codes."""
+    if session.packed is None:
+        return nullcontext()
+    return session.packed.running(run_of(spec.protocol) == "packed")
+
+
+def quantize_cell(
+    session: Session, progress: Callable[[int, int], None], keep: Keep | None = None
+) -> tuple[list[LayerResult], Installed]:
     """Apply the session's cell to its loaded model: transforms, weights, then the other sites.
 
-    What happened to each linear layer, and what was installed beside the weights.
+    What happened to each linear layer, and what was installed beside the weights. `keep` is handed each layer's codes.
     """
-    layers, observed = quantize_linears(session, progress)
+    layers, observed = quantize_linears(session, progress, keep)
     recipe, scheme = Recipe.from_specs(session.cell.methods), parse_scheme(session.cell.scheme)
     windows = session.calibration() if session.cell.calibration else None
     installed = install_sites(session.loaded, recipe, scheme, observed, windows)
@@ -464,6 +510,7 @@ def cell_row(task: Task, session: Session, layers: list[LayerResult], installed:
     payload = sum((layer.payload_bits or 0) * layer.shape[0] * layer.shape[1] for layer in done)
     parameters = loaded.parameter_count()
     element = next(loaded.model.parameters()).element_size()
+    kernel = of_layers({layer.module: layer.kernel for layer in done if layer.kernel is not None})
     return CellRow(
         cell_id=cell.cell_id,
         attempt_id=task.attempt_id,
@@ -489,6 +536,8 @@ def cell_row(task: Task, session: Session, layers: list[LayerResult], installed:
         payload_bits=payload / weights if weights else None,
         activation_bits=installed.activation_bits,
         activation_bytes=installed.activation_bytes,
+        kernel_bytes=None if isinstance(kernel, str) else kernel.total,
+        kernel_causes=json.dumps({"no_layout": kernel} if isinstance(kernel, str) else dict(kernel.causes)),
         kept_share=1 - weights / parameters,
         causal=installed.causal,
         created=utc_now(),
@@ -514,14 +563,14 @@ def _layer_row(cell_id: str, layer: LayerResult) -> LayerRow:
     )
 
 
-def _metric_row(task: Task, spec: EvaluationSpec, metric: Any) -> MetricRow:
+def _metric_row(task: Task, spec: EvaluationSpec, metric: Any, protocol: Mapping[str, Any]) -> MetricRow:
     return MetricRow(
         **dataclasses.asdict(metric),
         cell_id=task.cell.cell_id,
         eval_id=spec.eval_id,
         attempt_id=task.attempt_id,
         evaluation=spec.label,
-        protocol=json.dumps(dict(spec.protocol)),
+        protocol=json.dumps(protocol),
         created=utc_now(),
     )
 

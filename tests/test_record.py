@@ -23,7 +23,7 @@ UNITLESS = {
 COLUMNS = {
     "cells": "cell_id attempt_id job model fingerprint recipe scheme group_size seed symmetric scale_dtype dtype "
     "statistics spec linear_bits model_bits linear_bytes model_bytes layers_quantized layers_skipped kv_bits "
-    "payload_bits activation_bits activation_bytes kept_share causal created",
+    "payload_bits activation_bits activation_bytes kernel_bytes kernel_causes kept_share causal created",
     "attempts": "attempt_id cell_id model label job number evaluations outcome stage error traceback worker node "
     "started wall_s stages peak_host_bytes peak_gpu_bytes notes provenance",
     "metrics": "metric value unit better n clusters standard_error low high stopped_early cell_id eval_id attempt_id "

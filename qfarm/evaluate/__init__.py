@@ -18,6 +18,7 @@ import pydantic
 from qfarm.errors import InvalidInput, nearest
 from qfarm.matrix import canonical_hash
 from qfarm.recipe import describe
+from qfarm.runs import RUNS, Run, run_protocol
 from qfarm.text import public_name
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ class Evaluator:
     """Base of all evaluators."""
 
     version: ClassVar[int] = 1  # raise it when a fix changes results: it enters the evaluation's identity
+    runs: ClassVar[tuple[Run, ...]] = RUNS  # those in which it means something
+    gate: ClassVar[bool] = False  # runs before the others of its run, none of which is run where it fails
+    timed: ClassVar[bool] = False  # its figures are times: never the same twice, and of one machine only
 
     @property
     def name(self) -> str:
@@ -99,7 +103,7 @@ class Evaluator:
         return {"prefill": "quantized", "chunk": None} if chunk is None else {"prefill": "windowed", "chunk": chunk}
 
     def protocol(
-        self, tokenizer: str, dtype: str, text_hash: Callable[[str, Part], str], *, kv: bool = False
+        self, tokenizer: str, dtype: str, text_hash: Callable[[str, Part], str], *, kv: bool = False, run: Run = "fake"
     ) -> dict[str, Any]:
         """Everything two rows must agree on before they may be compared; kv: the cell's KV cache is quantized.
 
@@ -108,15 +112,15 @@ class Evaluator:
         options = {name: value for name, value in self.options().items() if name != "kv_chunk"}
         if isinstance(options.get("text"), str):
             options["text"] = public_name(options["text"])
-        return {
+        found = {
             "evaluator": self.name,
             "version": self.version,
             "options": options,
             "texts": {f"{public_name(text)}/{part}": text_hash(text, part) for text, part in self.texts()},
             "tokenizer": tokenizer,
             "dtype": dtype,
-            "run": "fake",  # fake quantization; kernels and packed weights measure speed and size instead
-        } | ({"kv": self.reading_cache()} if kv else {})
+        }
+        return found | run_protocol(run) | ({"kv": self.reading_cache()} if kv else {})
 
 
 def eval_id(protocol: Mapping[str, Any]) -> str:

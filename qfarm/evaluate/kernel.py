@@ -51,6 +51,8 @@ Found = dict[str, dict[str, Counts]]  # by module, by quantizer
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Kernel(Evaluator):
+    runs = ("fake",)  # it looks at quantizers of inputs, not at products
+
     text: Annotated[str, BeforeValidator(reference)] = Field(description="as of perplexity")
     length: int = Field(2048, ge=2, description="tokens per window")
     windows: int | None = Field(None, ge=1, description="the first so many windows; default: all")

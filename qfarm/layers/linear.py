@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -63,18 +64,21 @@ class QuantLinear(nn.Linear):
         return y if self.branch is None else y + self.branch(x)
 
 
-class ReadBySeveral:
+Made = TypeVar("Made")
+
+
+class ReadBySeveral(Generic[Made]):
     """A quantizer of an input that several layers read: rounds it for the first, and lets go of it with the last.
 
     What is given decides, not who asks: a tensor other than the latest is rounded anew. No layer may write into it.
     """
 
-    def __init__(self, quantize: Quantizer, readers: int) -> None:
+    def __init__(self, quantize: Callable[[Tensor], Made], readers: int) -> None:
         self.quantize, self.readers = quantize, readers
-        self._latest: tuple[Tensor, Tensor] | None = None  # an input and what it was rounded to
+        self._latest: tuple[Tensor, Made] | None = None  # an input and what it was rounded to
         self._left = 0  # readers of it that are still to come
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Made:
         if self._latest is None or self._latest[0] is not x:
             self._latest, self._left = (x, self.quantize(x)), self.readers
         rounded = self._latest[1]

@@ -55,9 +55,18 @@ class Symmetric:
 
     @in_parts
     def __call__(self, x: Tensor) -> Tensor:
+        codes, scale = self._rounded(x)
+        return codes.mul_(scale).to(x.dtype)
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same as codes int8 [..., n] and scales float32 [..., 1], for widths up to 8 bits."""
+        codes, scale = self._rounded(x)
+        return codes.to(torch.int8), scale
+
+    def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         top = 2.0 ** (self.bits - 1) - 1
         scale = (x.abs().amax(dim=-1, keepdim=True).float() / top).clamp(min=TINY)
-        return (x / scale).round_().clamp_(-top, top).mul_(scale).to(x.dtype)
+        return (x / scale).round_().clamp_(-top, top), scale
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

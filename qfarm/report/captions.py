@@ -22,6 +22,7 @@ ROWS_SHOWN = 50  # of one table in a terminal
 ERROR_SHOWN = 300  # characters of an error's one line
 NAMES_SHOWN = 8  # of rows listed in a sentence
 POOLS_SHOWN = 3  # of recipes and schemes with several seeds
+RUN_WORDS = {"fake": "fake quantization", "packed": "packed weights"}
 LEGEND = (
     "stored: bits per weight of the quantized layers, scales and zeros included; KV bits: per cached number. change: "
     "of perplexity per token against the baseline; points: of accuracy. KL: nats per token, baseline against cell (KL "
@@ -91,8 +92,17 @@ def _measured(table: Table) -> str:
     words += _cache_read(table)
     words += [str(table.protocol[key]) for key in ("dtype",) if table.protocol.get(key)]
     run = table.protocol.get("run")
-    words += [f"{run} quantization"] if run else []
+    words += [RUN_WORDS.get(str(run), str(run))] if run else []
+    words += [machine_words(table)] if "machine" in table.protocol else []
     return plain(f"{', '.join(counts)}; {', '.join([*words, f'protocol {table.eval_id[:ID_SHOWN]}'])}")
+
+
+def machine_words(table: Table) -> str:
+    """'timed on a CPU: Intel Xeon, 1 thread, torch 2.13.0'."""
+    machine = table.protocol["machine"]
+    kind = "CPU" if machine.get("device") == "cpu" else "GPU"
+    threads = f", {plural(machine['threads'], 'thread')}" if kind == "CPU" else ""
+    return f"timed on a {kind}: {machine.get('name')}{threads}, torch {machine.get('torch')}"
 
 
 def _unit(table: Table) -> str:
@@ -100,7 +110,7 @@ def _unit(table: Table) -> str:
     options = table.protocol.get("options")
     by_word = isinstance(options, dict) and options.get("convention") == "word"
     units = {"perplexity": "document" if by_word else "window", "generation": "prompt"}
-    units |= dict.fromkeys(("analysis", "kernel"), "window")
+    units |= dict.fromkeys(("analysis", "kernel", "crosscheck"), "window") | {"speed": "repeat"}
     return units.get(str(table.protocol.get("evaluator")), "item")
 
 

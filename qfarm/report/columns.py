@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.cells import cell_len
 
-from qfarm.report.figures import duration, interval, number, plain
+from qfarm.report.figures import duration, interval, number, plain, size
 from qfarm.report.rows import ID_SHOWN, Replicates, Row, Table, headline
 from qfarm.stats import AccuracyDifference, Interval
 
@@ -59,6 +59,21 @@ def _value(name: str) -> Callable[[Row], float | None]:
 def _figure(heading: str, name: str, rank: int) -> Column:
     """A metric under a heading of its own."""
     return Column(heading=heading, text=_metric(name), rank=rank, value=_value(name), may_be_share=True)
+
+
+def _bytes(heading: str, name: str, rank: int) -> Column:
+    """The same for sizes."""
+
+    def text(row: Row) -> str:
+        metric = row.metrics.get(name)
+        return size(int(metric.value)) if metric else ""
+
+    return Column(heading=heading, text=text, rank=rank, value=_value(name))
+
+
+def _decode_spread(row: Row) -> str:
+    low, high = (row.metrics.get(f"decode_tokens_per_s_{share}") for share in ("p20", "p80"))
+    return interval(low.value, high.value, low.unit) if low and high else ""
 
 
 def _counted(heading: str) -> Column:
@@ -180,6 +195,18 @@ def _columns(change: str, mark_width: int) -> tuple[Column, ...]:
         ),
         Column(heading="95 % interval", text=_change_interval, rank=4),
         Column(heading="with seed noise", text=_with_seeds, rank=5),
+        _figure("decode tok/s", "decode_tokens_per_s", 1),
+        Column(heading="p20, p80", text=_decode_spread, rank=4),
+        _figure("prefill tok/s", "prefill_tokens_per_s", 1),
+        _figure("first token s", "first_token_s", 4),
+        _bytes("weights", "weight_bytes", 2),
+        _bytes("KV cache", "kv_bytes", 3),
+        _bytes("peak memory", "peak_bytes", 5),
+        _figure("difference", "logit_difference", 2),
+        _figure("rounding", "logit_rounding", 2),
+        _figure("worst layer", "worst_layer", 2),
+        _figure("KL to fake", "packed_kl", 2),
+        _figure("agree with fake", "packed_agreement", 3),
         Column(heading="best", text=_best, rank=5),
         _figure("KL", "kl", 5),
         _figure("agree", "top1_agreement", 6),
@@ -210,6 +237,13 @@ SHOWN_METRICS = frozenset(
     {"perplexity", "kl", "top1_agreement", "top1_accuracy", "flips", "lost", "gained", "kl_reverse"}
     | {"kl_median", "kl_p99"}
     | {"kl_floor", "flips_floor"}  # in the caption
+    | {
+        f"{time}{share}"  # quantiles other than those of decoding: for programs
+        for time in ("decode_tokens_per_s", "prefill_tokens_per_s", "first_token_s")
+        for share in ("", "_p20", "_p80")
+    }
+    | {"weight_bytes", "kv_bytes", "peak_bytes"}
+    | {"logit_difference", "logit_rounding", "worst_layer", "packed_kl", "packed_agreement"}
 )
 
 

@@ -21,7 +21,7 @@ from qfarm.report.changes import (
 from qfarm.report.find import find
 from qfarm.report.floors import NOT_KNOWN, Baseline, NumericFloor, numeric_floors
 from qfarm.report.pairs import NO_MEAN, Pairing, Readable, Target, pair_with_baselines, pairing_of, shared_pieces
-from qfarm.report.protocols import differing_keys
+from qfarm.report.protocols import by_machine, differing_keys
 from qfarm.report.rows import Attempt, parsed, records
 from qfarm.report.seeds import without_seed
 from qfarm.report.tables import target_of
@@ -115,7 +115,7 @@ class _Context:
         if cell_id not in self._metrics:
             self._metrics[cell_id] = records(self.store, "metrics", MetricRow, [cell_id])
         found: dict[str, list[MetricRow]] = {}
-        for metric in self._metrics[cell_id]:
+        for metric in map(by_machine, self._metrics[cell_id]):
             found.setdefault(metric.eval_id, []).append(metric)
         return found
 

@@ -18,6 +18,7 @@ _CELL = (
     *("cell_id", "recipe", "scheme", "group_size", "seed", "symmetric", "scale_dtype", "dtype", "statistics"),
     *("linear_bits", "model_bits", "linear_bytes", "model_bytes", "layers_quantized", "layers_skipped"),
     *("kv_bits", "payload_bits", "activation_bits", "activation_bytes", "kept_share", "causal"),
+    *("kernel_bytes", "kernel_causes"),
 )
 _METRIC = ("value", "standard_error", "low", "high", "n", "clusters")
 _OPENS_FORMULA = ("=", "+", "-", "@")  # what a spreadsheet would run

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from qfarm.record import CellRow, MetricRow
 from qfarm.report.figures import plain
 from qfarm.report.pairs import Key, Pairing, Readable, Target, pairing_of, shared_pieces
-from qfarm.report.protocols import differing_keys, flatten
+from qfarm.report.protocols import differing_keys, flatten, machine_of
 from qfarm.report.rows import Attempt, label, parsed, records
 from qfarm.report.tables import target_of
 from qfarm.stats import FAMILY_ALPHA, MARK_CLUSTERS, Difference, holm
@@ -109,7 +109,7 @@ def _results(store: Readable) -> dict[Key, _Result]:
     cells = {cell.cell_id: cell for cell in records(store, "cells", CellRow)}
     found: dict[Key, dict[str, MetricRow]] = collections.defaultdict(dict)
     for metric in records(store, "metrics", MetricRow):
-        if metric.cell_id in cells:
+        if metric.cell_id in cells and machine_of(metric) is None:  # times are never the same twice
             found[metric.cell_id, metric.eval_id][metric.metric] = metric
     return {key: _Result(cell=cells[key[0]], metrics=metrics) for key, metrics in sorted(found.items())}
 

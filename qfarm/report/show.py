@@ -95,6 +95,7 @@ def _identity(cell: CellRow) -> list[RenderableType]:
         "quantized layers": f"{number(cell.linear_bits, 'bits')} bits per weight, {_payload(cell)}"
         f"{size(cell.linear_bytes)}",
         "whole model": f"{number(cell.model_bits, 'bits')} bits per parameter, {_kept(cell)}{size(cell.model_bytes)}",
+        "as kernels read": _kernel(cell),
         "linear inputs": _inputs(cell),
         "KV cache": _cache(cell),
         "causal": {None: "", True: "yes", False: NOT_CAUSAL}[cell.causal],
@@ -116,6 +117,19 @@ def _inputs(cell: CellRow) -> str:
         return ""
     stored = f", {size(cell.activation_bytes)} of calibrated grids" if cell.activation_bytes else ""
     return f"{number(cell.activation_bits, 'bits')} bits per number{stored}"
+
+
+def _kernel(cell: CellRow) -> str:
+    """'58.3 MB of quantized layers (padding +1.2 MB, scales 0 B)', or why there is no such layout."""
+    causes = parsed(cell.kernel_causes, {})
+    if cell.kernel_bytes is None:
+        return f"no layout: {causes['no_layout']}" if "no_layout" in causes else ""
+    told = [
+        f"{cause.replace('_', ' ')} {'-' if more < 0 else '+'}{size(abs(more))}"
+        for cause, more in causes.items()
+        if more
+    ]
+    return f"{size(cell.kernel_bytes)} of quantized layers" + (f" ({', '.join(told)})" if told else "")
 
 
 def _cache(cell: CellRow) -> str:

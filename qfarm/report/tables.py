@@ -16,7 +16,7 @@ from qfarm.report.figures import plural
 from qfarm.report.floors import NOT_KNOWN, Baseline, NumericFloor, numeric_floors
 from qfarm.report.pairs import NO_MEAN, Key, Pairing, Readable, Target, pair_with_baselines
 from qfarm.report.predicted import predicted
-from qfarm.report.protocols import differing_keys, flatten
+from qfarm.report.protocols import by_machine, differing_keys, flatten
 from qfarm.report.rows import (
     ID_SHOWN,
     RIGHT,
@@ -47,7 +47,7 @@ def load(store: Readable, margins: Mapping[str, Margin] | None = None) -> Result
     metrics = [metric for metric in records(store, "metrics", MetricRow) if metric.cell_id in cells]
     by_attempt = {attempt.attempt_id: attempt for attempt in attempts}
     groups: dict[Key, dict[str, list[MetricRow]]] = {}
-    for metric in metrics:
+    for metric in map(by_machine, metrics):
         group = groups.setdefault((cells[metric.cell_id].fingerprint, metric.eval_id), {})
         group.setdefault(metric.cell_id, []).append(metric)
     targets = _targets(cells, groups)

@@ -1,0 +1,200 @@
+"""Crosscheck: whether a packed run computes what the simulation does, before anything else is measured of it.
+
+A few windows are read with both. What may differ is rounding: the operators of a packed run keep scales in the
+model's dtype, multiply codes instead of rounded weights, and add up in another order (`qfarm.layers.products`). How
+much rounding does to this very model on this very text is measured, not assumed: in the simulation every quantized
+weight is moved by one unit in the last place of the model's dtype, up or down by a coin. That is twice the largest
+error of rounding one weight to the dtype, 3.5 times the usual one (sqrt(12)).
+
+    logits    rms over tokens and vocabulary of packed minus simulated, the mean of a token taken out (softmax does not
+              see it), at most `ALLOWED` times the rms of moved minus simulated
+    layers    the same of each linear layer's output, on the inputs of the simulation; rounding the output by one unit
+              is added to what the moved weights do
+
+Why `ALLOWED` is 4: of the usual errors scales and weights have 0.3 units each, scale times zero of a 4-bit code up to
+0.6 where it counts eight scales beside a weight of four, inputs 0.3: together less than 1 unit, if their signs differ.
+Those of a group's zero have one sign, so that inputs with a mean add them up, by sqrt(group) at the most. A wrong code,
+scale or zero moves a layer's output by a tenth of itself and more, dozens of units of bfloat16. A mistake in one layer
+may drown in the logits of a deep model; that is what the layers are for.
+
+Beyond the bound the attempt ends with Disagreement, and none of the cell's packed evaluations is run.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from qfarm import divergence
+from qfarm.errors import Disagreement, NonFinite
+from qfarm.evaluate import Evaluator, Result
+from qfarm.layers.linear import QuantLinear
+from qfarm.layers.packed_run import PackedModel
+from qfarm.models.load import LoadedModel
+from qfarm.recipe import STRICT
+from qfarm.record import Metric
+from qfarm.text import Part, absolute, public_name, reference
+
+if TYPE_CHECKING:
+    from qfarm.worker import Session
+
+ALLOWED = 4.0  # times what one unit in the last place of the weights does
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Crosscheck(Evaluator):
+    runs = ("packed",)
+    gate = True
+
+    text: Annotated[str, BeforeValidator(reference)] = Field("python-docs", description="as of perplexity")
+    length: int = Field(128, ge=2, description="tokens per window")
+    windows: int = Field(2, ge=1, description="the first so many windows")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", absolute(self.text))
+
+    @property
+    def label(self) -> str:
+        return f"crosscheck {public_name(self.text)} {self.length} x{self.windows}"
+
+    @property
+    def window(self) -> int:
+        return self.length
+
+    def texts(self) -> tuple[tuple[str, Part], ...]:
+        return ((self.text, "evaluation"),)
+
+    def tokens(self) -> int:
+        return 4 * self.length * self.windows
+
+    def run(self, session: Session, progress: Callable[[int, int], None]) -> Result:
+        loaded, packed = session.loaded, session.packed
+        assert packed is not None
+        ids = session.windows(self.text, self.length, self.windows).ids
+        with packed.running(False):
+            with loaded.temporary():
+                layers = Layers(loaded, packed)
+                simulated = _logits(loaded, ids)
+            progress(1, 3)
+            with loaded.temporary():
+                for index, name in enumerate(packed.layers):
+                    linear = loaded.model.get_submodule(name)
+                    loaded.replace_weight(linear, linear.weight + one_unit(linear.weight, index))
+                moved = _logits(loaded, ids)
+            progress(2, 3)
+        found = _logits(loaded, ids)
+        progress(3, 3)
+        figures = compared(simulated, found, moved) | layers.worst()
+        self._judge(figures, layers, str(loaded.dtype).removeprefix("torch."))
+        units = {"logit_difference": "logits", "logit_rounding": "logits", "packed_kl": "nats per token"}
+        units |= {"packed_agreement": "fraction of tokens", "worst_layer": "times rounding"}
+        better = {"packed_agreement": "higher", "logit_rounding": "none"}
+        return Result(
+            metrics=tuple(
+                Metric(metric=name, value=value, unit=units[name], better=better.get(name, "lower"), n=len(ids))
+                for name, value in figures.items()
+            ),
+            documents=(),
+        )
+
+    def _judge(self, figures: dict[str, float], layers: Layers, dtype: str) -> None:
+        """Raises Disagreement beyond the bound, NonFinite where there is nothing to compare."""
+        if not all(map(math.isfinite, figures.values())):
+            raise NonFinite(f"{self.label}: a logit or a layer's output is not finite: {figures}")
+        unit = f"moving the weights by one unit in the last place of {dtype}"
+        worst = figures.get("worst_layer", 0.0)
+        if worst > ALLOWED:
+            raise Disagreement(
+                f"{self.label}: {layers.name}: packed and simulated output differ by {worst:.3g} times what {unit} "
+                f"does, at most {ALLOWED:g} is rounding ({layers.path})"
+            )
+        difference, rounding = figures["logit_difference"], figures["logit_rounding"]
+        if difference > ALLOWED * rounding:
+            raise Disagreement(
+                f"{self.label}: packed and simulated logits differ by {difference:.3g} (rms), {unit} does "
+                f"{rounding:.3g}, at most {ALLOWED:g} times that is rounding; worst layer {layers.name or 'none'}"
+            )
+
+
+EVALUATOR = Crosscheck
+
+
+def one_unit(weight: Tensor, seed: int) -> Tensor:
+    """One unit in the last place of each weight [out, in], in its dtype, with random signs; 0 for 0."""
+    sign = torch.randint(0, 2, weight.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    exponent = torch.frexp(weight.float()).exponent  # |w| in [2^(e-1), 2^e)
+    unit = torch.finfo(weight.dtype).eps * torch.exp2((exponent - 1).float())
+    return (sign.to(weight.device) * unit * (weight != 0)).to(weight.dtype)
+
+
+def compared(simulated: Tensor, packed: Tensor, moved: Tensor) -> dict[str, float]:
+    """Figures of logits [tokens, vocabulary], float32."""
+    centred = [logits - logits.mean(-1, keepdim=True) for logits in (simulated, packed, moved)]
+    top = simulated.argmax(-1)
+    return {
+        "logit_difference": _rms(centred[1] - centred[0]),
+        "logit_rounding": _rms(centred[2] - centred[0]),
+        "packed_kl": float(divergence.score(packed, top, simulated)["kl"].mean()),
+        "packed_agreement": float((packed.argmax(-1) == top).float().mean()),
+    }
+
+
+class Layers:
+    """Compares each packed layer with the simulated one on the inputs that the simulation feeds it."""
+
+    def __init__(self, loaded: LoadedModel, packed: PackedModel) -> None:
+        """The simulation runs; hooks stay until what encloses them is undone."""
+        self.packed = packed
+        self._sums: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+        self.name, self.path = "", ""
+        for index, name in enumerate(packed.layers):
+            linear = loaded.model.get_submodule(name)
+            unit = one_unit(linear.weight, index)
+
+            def compare(
+                module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name, unit: Tensor = unit
+            ) -> None:
+                self._add(name, module, args[0], output, unit)
+
+            loaded.on_restore(linear.register_forward_hook(compare).remove)
+
+    def _add(self, name: str, module: nn.Module, x: Tensor, output: Tensor, unit: Tensor) -> None:
+        rounded = module.quantize(x) if isinstance(module, QuantLinear) else x
+        difference = _rms(self.packed.layers[name].forward(x).float() - output.float())
+        weights, last = _rms(nn.functional.linear(rounded, unit)), torch.finfo(output.dtype).eps * _rms(output)
+        sums = self._sums[name]
+        sums[0] += difference**2
+        sums[1] += weights**2 + last**2
+
+    def worst(self) -> dict[str, float]:
+        """The largest ratio of all layers; none where no layer is packed."""
+        ratios = {
+            name: math.sqrt(difference / rounding) if difference else 0.0
+            for name, (difference, rounding) in self._sums.items()
+        }
+        if not ratios:
+            return {}
+        self.name = max(ratios, key=lambda name: (math.isnan(ratios[name]), ratios[name]))
+        self.path = self.packed.layers[self.name].product.path
+        return {"worst_layer": ratios[self.name]}
+
+
+def _logits(loaded: LoadedModel, ids: Tensor) -> Tensor:
+    """[tokens, vocabulary] float32 of windows [windows, length], read one at a time."""
+    return torch.cat(list(_each(loaded, ids)))
+
+
+def _each(loaded: LoadedModel, ids: Tensor) -> Iterator[Tensor]:
+    for window in ids:
+        yield loaded.head(loaded.body(window[None].to(loaded.device))[0]).float()
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
