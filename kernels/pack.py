@@ -31,7 +31,7 @@ from torch import Tensor
 WORD_BITS = 32
 TILE_WORDS = 16  # of a row, and inputs of a plane
 WIDTHS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits of a code -> bits of the arrays that hold it
-LARGEST_ZERO = 1024  # kernels subtract 1024 + zero in float16, exact up to here
+ZEROS = (-128, 255)  # integer zeros: kernels form code - zero in bfloat16, where integers are exact up to 256
 SIGNS = 32  # inputs per word of a BCQ plane
 INT8_ALIGNMENT = 16  # bytes: one vector load
 
@@ -156,8 +156,8 @@ def pack_weight(
     if zero is not None and zero.is_floating_point():
         scaled = (stored.float() * zero.float()).T.contiguous()
     elif zero is not None:
-        if int(zero.abs().max()) > LARGEST_ZERO:
-            raise ValueError(f"zero points reach {int(zero.abs().max())}: expected at most {LARGEST_ZERO}")
+        if int(zero.min()) < ZEROS[0] or int(zero.max()) > ZEROS[1]:
+            raise ValueError(f"zeros from {int(zero.min())} to {int(zero.max())}: expected {ZEROS[0]} to {ZEROS[1]}")
         whole = zero.T.to(torch.float16).contiguous()
     return T16Weight(
         bits=bits,

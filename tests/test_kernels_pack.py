@@ -130,8 +130,8 @@ def test_what_has_no_layout_is_refused() -> None:
         pack.pack_weight(codes, scale, None, 4, 128)
     with pytest.raises(ValueError, match="codes from 0 to 15: expected 0 to 3"):
         pack.pack_codes(codes, 2)
-    with pytest.raises(ValueError, match="zero points reach 1025"):
-        pack.pack_weight(codes, draw_scale(4, 6), torch.full((4, 6), -1025), 4, 128)
+    with pytest.raises(ValueError, match="zeros from -129 to -129: expected -128 to 255"):
+        pack.pack_weight(codes, draw_scale(4, 6), torch.full((4, 6), -129), 4, 128)
     with pytest.raises(ValueError, match="expected 128 columns in each of 6 groups"):
         pack.pack_weight(codes, draw_scale(4, 6), None, 4, 128, torch.zeros(768, dtype=torch.int32))
 

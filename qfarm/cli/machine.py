@@ -225,3 +225,26 @@ def bench_farm(style: str, parts: str, store: str | None, **settings: Any) -> No
     text = render_figures_json(chosen, figures) if style == "json" else render_figures(figures, width(), color())
     click.echo(text, nl=False)
     raise click.exceptions.Exit(FAILED if any(one.missed for one in figures) else 0)
+
+
+@bench_group.command("kernels")
+@click.option("--gpus", default="a100,h100", show_default=True, metavar="A,B", help="GPUs to predict times for.")
+@click.option("--compile", "targets", default="", metavar="A,B", help="Also compile for these: sm_80, sm_90, gfx942.")
+@click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
+def bench_kernels(style: str, gpus: str, targets: str) -> None:
+    """Kernels on the shapes of LUT-GEMM's latency table: timed on a GPU, predicted without one.
+
+    Predictions are a model of bytes and instructions, not measurements.
+    --compile takes about half a minute per target, and no GPU.
+
+    \b
+    Examples:
+      qfarm bench kernels
+      qfarm bench kernels --gpus h200 --compile sm_90 --format json
+    """
+    from qfarm.bench import kernels as bench
+    from qfarm.bench.show_kernels import render_json, render_kernels
+
+    names, wanted = (tuple(filter(None, (name.strip() for name in text.split(",")))) for text in (gpus, targets))
+    report = bench.run(bench.Settings(gpus=names, targets=wanted), lambda text: click.echo(text, err=True))
+    click.echo(render_json(report) if style == "json" else render_kernels(report, width(), color()), nl=False)
