@@ -106,7 +106,7 @@ def time_products(n: int, k: int, names: Sequence[str], samples: int = 21) -> li
 
 def graph(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
     """A replay of all calls `TURNS` times over -> seconds per launch. Compiles and warms up first."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's stubs
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls:
@@ -119,7 +119,7 @@ def graph(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
                 call()
 
     def replay() -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         captured.replay()
         end.record()

@@ -80,7 +80,7 @@ def hadamard(x: Tensor) -> Tensor:
         first, second = pairs[..., 0, :], pairs[..., 1, :]
         values = torch.stack([first + second, first - second], dim=-2).reshape(x.shape)
         step *= 2
-    return values / size**0.5
+    return values / float(size) ** 0.5
 
 
 def crossquant_factors(rows: Tensor, columns: Tensor, alpha: float, bits: int) -> tuple[Tensor, Tensor]:
