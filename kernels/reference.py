@@ -6,6 +6,8 @@ true division and rounding half to even, so that a kernel's codes must be equal 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -80,7 +82,7 @@ def hadamard(x: Tensor) -> Tensor:
         first, second = pairs[..., 0, :], pairs[..., 1, :]
         values = torch.stack([first + second, first - second], dim=-2).reshape(x.shape)
         step *= 2
-    return values / float(size) ** 0.5
+    return values / math.sqrt(size)
 
 
 def crossquant_factors(rows: Tensor, columns: Tensor, alpha: float, bits: int) -> tuple[Tensor, Tensor]:
