@@ -61,7 +61,7 @@ def outputs(
     values: PackedKV,
     words: int = WORDS,
     split: int | None = None,
-    warps: int = 2,
+    warps: int = 4,
     asm: bool | None = None,
 ) -> Tensor:
     """weights float16 [heads, R, tokens] -> float32 [heads, R, channels]. Raises ValueError for keys."""
