@@ -92,12 +92,13 @@ class Pool:
         self._read_at = 0.0
         self._deaf = False  # the inbox is lost, so silence means nothing
         self._alone_since: float | None = time.monotonic()
-        self._actor_class = ray.remote(actors.Worker).options(
-            num_cpus=capacity.cpus,
-            max_restarts=0,
-            max_task_retries=0,
-            runtime_env={"env_vars": cluster.worker_environment(os.environ, settings.env, capacity.cpus)},
-        )
+        self._actor_class = ray.remote(actors.Worker)
+        self._options = {
+            "num_cpus": capacity.cpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "runtime_env": {"env_vars": cluster.worker_environment(os.environ, settings.env, capacity.cpus)},
+        }
 
     def run(self) -> None:
         while not self._over():
@@ -154,7 +155,7 @@ class Pool:
     def _hire(self, gpus: float) -> None:
         settings = self._settings
         heartbeat_s = min(HEARTBEAT_S, settings.silence_s / HEARTBEATS)
-        actor_class = self._actor_class.options(num_gpus=gpus)
+        actor_class = self._actor_class.options(**self._options, num_gpus=gpus)
         actor = actor_class.remote(self._inbox, settings.runner, settings.session, settings.data, heartbeat_s)
         answer = actor.hello.remote(tuple(self._departed), self._secrets, gpus > 0)
         self._workers.append(_Worker(name=f"w{next(self._numbers)}", actor=actor, answer=answer, gpus=gpus))

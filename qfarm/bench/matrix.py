@@ -30,13 +30,13 @@ import torch
 import yaml
 
 from qfarm import environment
+from qfarm.bench.matrix_way import FOLDER, cache_without_baselines
 from qfarm.bench.processes import Usage, watched
 from qfarm.errors import InvalidInput, QfarmError
 from qfarm.job import Job, load_job
 from qfarm.models.load import DTYPES
 from qfarm.models.reference import ModelFacts, resolve
 from qfarm.plan import Plan, make_plan
-from qfarm.predictions import HIDDEN
 from qfarm.store import Store
 
 WAYS = ("farm", "alone", "fresh")
@@ -173,14 +173,14 @@ class _Run:
 def _run(way: str, job: Path, folder: Path, cells: Sequence[str], settings: Settings) -> _Run:
     here = Path(tempfile.mkdtemp(prefix=f"{way}-", dir=folder))
     counts, store = here / "counts.jsonl", here / "store"
-    environ = os.environ | {"QFARM_CACHE": str(_own_cache(here)), "QFARM_BENCH_FOLDER": str(here)}
+    environ = os.environ | {"QFARM_CACHE": cache_without_baselines(str(here)), FOLDER: str(here)}
     if settings.data:
         environ["QFARM_DATA"] = settings.data
     if way == "fresh":
         environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     command = [sys.executable, "-m", "qfarm.bench.matrix_way", way, str(job), str(store), str(counts)]
-    whole = way != "fresh" and len(cells) == CELLS + 1
-    usages = [_checked(way, watched([*command, *part], environ)) for part in ([[]] if whole else [[c] for c in cells])]
+    turns = [[cell] for cell in cells] if way == "fresh" else [cells]
+    usages = [_checked(way, watched([*command, *turn], environ)) for turn in turns]
     lines = [json.loads(line) for line in counts.read_text().splitlines()]
     rows = Store.open(store).read("metrics", columns=["cell_id", "metric", "value"]).to_pylist()
     return _Run(
@@ -196,18 +196,6 @@ def _checked(way: str, usage: Usage) -> Usage:
     if usage.code:
         raise QfarmError(f"{way}: exit code {usage.code}: {usage.tail or 'nothing on standard error'}")
     return usage
-
-
-def _own_cache(folder: Path) -> Path:
-    """A cache with all that this machine's holds (unpacked models, texts), except baselines' hidden states."""
-    from qfarm.cache import root
-
-    new = folder / "cache"
-    new.mkdir()
-    for entry in root().iterdir() if root().is_dir() else ():
-        if entry.name != HIDDEN:
-            (new / entry.name).symlink_to(entry.resolve())
-    return new
 
 
 def least_operations(plan: Plan, facts: ModelFacts, settings: Settings, cells: int) -> float:

@@ -1,9 +1,9 @@
 """Matrix way: one way of running the benchmark's job, as a process of its own.
 
-    python -m qfarm.bench.matrix_way WAY JOB STORE COUNTS [CELL]
+    python -m qfarm.bench.matrix_way WAY JOB STORE COUNTS CELL...
 
 `farm` runs the job on a local Ray as `qfarm submit` does. `alone` does the same with workers that forget everything
-between cells. `fresh` runs one cell in this process and forgets likewise. COUNTS gets a line of JSON per cell.
+between cells. `fresh` runs its cells in this process and forgets likewise. COUNTS gets a line of JSON per cell.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qfarm.store import Store
 from qfarm.work import open_work
 from qfarm.worker import Progress, Session, run_cell
 
-COUNTS = "QFARM_BENCH_COUNTS"
+COUNTS, FOLDER = "QFARM_BENCH_COUNTS", "QFARM_BENCH_FOLDER"
 SESSIONS = {"farm": "Counting", "alone": "Forgetful", "fresh": "Forgetful"}
 
 
@@ -61,14 +61,14 @@ class Forgetful(Counting):
         tokens = self.block_tokens
         self.__init__(self.data)  # type: ignore[misc]  # whatever a session learns to keep is forgotten, too
         self.block_tokens = tokens
-        os.environ["QFARM_CACHE"] = cache_without_baselines()
+        os.environ["QFARM_CACHE"] = cache_without_baselines(os.environ[FOLDER])
         super().begin(cell, shrink, ())
 
 
-def cache_without_baselines() -> str:
-    """A new cache with all that files of the old one are, except baselines' hidden states."""
-    new = Path(tempfile.mkdtemp(prefix="cache-", dir=os.environ["QFARM_BENCH_FOLDER"]))
-    for entry in root().iterdir():
+def cache_without_baselines(folder: str) -> str:
+    """A new cache in a folder, with all that this process's holds (unpacked models, hashes) but baselines' states."""
+    new = Path(tempfile.mkdtemp(prefix="cache-", dir=folder))
+    for entry in root().iterdir() if root().is_dir() else ():
         if entry.name != HIDDEN:
             (new / entry.name).symlink_to(entry.resolve())
     return str(new)
@@ -85,11 +85,11 @@ def counted(task: Task, session: Counting, report: Progress) -> Outcome:
     return outcome
 
 
-def main(way: str, job_path: str, store: str, counts: str, only: str | None = None) -> int:
-    """Exit status: 0 when every cell is finished."""
+def main(way: str, job_path: str, store: str, counts: str, *cells: str) -> int:
+    """Run cells of a job, by id. Exit status: 0 when every one is finished."""
     job, data = load_job(job_path), os.environ.get("QFARM_DATA")
     plan = make_plan(job, None, data)
-    work = open_work(plan, only)
+    work = [one for one in open_work(plan) if one.cell.cell_id in cells]
     if way != "farm":
         work = [dataclasses.replace(one, share=()) for one in work]
     Store.open(store, create=True)
@@ -97,13 +97,13 @@ def main(way: str, job_path: str, store: str, counts: str, only: str | None = No
         resources=job.file.resources,
         retries=0,
         data=data,
-        env={COUNTS: counts, "QFARM_BENCH_FOLDER": os.environ["QFARM_BENCH_FOLDER"]},
+        env={COUNTS: counts, FOLDER: os.environ[FOLDER]},
         runner="qfarm.bench.matrix_way:counted",
         session=f"qfarm.bench.matrix_way:{SESSIONS[way]}",
     )
     run = driver.run_local if way == "fresh" else driver.run
     summary = run(work, settings, lambda event: None, job_name=job.file.name, store_location=store)
-    return 0 if summary.finished == len(work) and not summary.stopped else 1
+    return 0 if summary.finished == len(cells) and not summary.stopped else 1
 
 
 if __name__ == "__main__":
