@@ -27,9 +27,10 @@ def test_packed_and_simulated_perplexity_of_smollm2_agree(tmp_path: Path) -> Non
             found.setdefault(cells[row["cell_id"]], {})[json.loads(row["protocol"])["run"]] = row["value"]
     assert found.keys() == {"baseline w16", "gptq w4", "smoothquant w8a8"}
     assert found["baseline w16"]["packed"] == found["baseline w16"]["fake"]
-    for name in ("gptq w4", "smoothquant w8a8"):
+    # Three standard errors of what 1,020 tokens can tell of two roundings whose KL is 0.0022 and 0.016: docs/packed.md.
+    for name, bound in (("gptq w4", 0.006), ("smoothquant w8a8", 0.017)):
         assert found[name]["packed"] != found[name]["fake"]  # another arithmetic, or nothing was packed
-        assert abs(found[name]["packed"] / found[name]["fake"] - 1) < 1e-3, (name, found[name])
+        assert abs(found[name]["packed"] / found[name]["fake"] - 1) < bound, (name, found[name])
     notes = {row["label"]: " ".join(json.loads(row["notes"])) for row in farm.table("attempts")}
     assert "int4 (torch._weight_int4pack_mm_for_cpu" in notes["gptq w4 g64"]
     assert "int8 (torch._int_mm): 210 of 210 layers" in notes["smoothquant w8a8"]
