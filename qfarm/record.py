@@ -97,10 +97,10 @@ class AttemptRow:
     stages: str = _unit("JSON: seconds per stage")
     peak_host_bytes: int | None = None
     peak_gpu_bytes: int | None = None
-    expected_s: float | None = _unit("seconds that the plan expected; None: it was not asked", None)
-    expected_from: str | None = _unit("store, or the rate of the arithmetic", None)
     notes: str = _unit("JSON: what the attempt did differently, e.g. a halved batch", "[]")
     provenance: str = _unit("JSON: versions, commit, hardware, threads, command")
+    expected_s: float | None = _unit("seconds that the plan expected; None: it was not asked", None)
+    expected_from: str | None = _unit("store, or the rate of the arithmetic", None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,7 @@ def error(ran: Ran) -> str:
     [
         ("frobnicate", f'unknown command "frobnicate"; known: {COMMANDS}'),
         ("pln", f'unknown command "pln", did you mean "plan"? known: {COMMANDS}'),
-        ("store repair", 'unknown command "repair"; known: check, merge'),
+        ("store repair", 'unknown command "repair"; known: check, compact, merge'),
         ("plan", "Missing argument 'JOB'."),
         ("show", "Missing argument 'CELL'."),
         ("plan a.yaml b.yaml", "Got unexpected extra argument (b.yaml)"),
@@ -108,7 +108,7 @@ def error(ran: Ran) -> str:
         ("store check absent", "/absent: no such store; give a folder that `qfarm submit` has written"),
         ("report folder", "/folder: has no qfarm-store.json, so it is no store; give a folder that"),
         ("report bad.yaml", "/bad.yaml: a file, neither a whole pack nor the folder of a store"),
-        ("report s3://bucket/x", "s3://bucket/x: object stores are not supported yet"),
+        ("report ftp://bucket/x", "ftp://bucket/x: no object store that is known; give s3:// or gs://"),
         ("submit small.yaml --local --address head:6379", "--local and --address exclude each other"),
         ("submit small.yaml --local --detach", "--detach needs an http address"),
         ("submit small.yaml --address ray://head:10001", "--address ray://head:10001: Ray Client addresses are not"),
@@ -452,8 +452,8 @@ def test_a_remote_submission_sends_relative_paths_and_says_where(
     message = error(run("submit", str(job), "--address", "http://h:8265", "--data", "/data"))
     assert message.startswith("/data: outside the current folder")
     assert message.endswith("; put the data on the cluster and set QFARM_DATA there")
-    job.write_text(job.read_text().replace("/shared/out", "s3://bucket/out"))
-    assert "object stores are not supported yet" in error(run("submit", str(job), "--address", "http://h:8265"))
+    job.write_text(job.read_text().replace("/shared/out", "ftp://bucket/out"))
+    assert "no object store that is known" in error(run("submit", str(job), "--address", "http://h:8265"))
     assert len(sent) == 1
 
 

@@ -123,7 +123,7 @@ FAULTS = {
     "unknown key in resources": (
         JOB + "resources: {gpu: 1}\n",
         9,
-        'resources.gpu: unknown key "gpu", did you mean "gpus"? known: cpus, gpus, workers',
+        'resources.gpu: unknown key "gpu", did you mean "gpus"? known: cpus, gpu_memory, gpus, price, workers',
     ),
     "unknown key in include": (
         JOB + "include:\n  - methods: [rtn]\n    bit: [w4]\n",

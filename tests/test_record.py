@@ -25,7 +25,7 @@ COLUMNS = {
     "statistics spec linear_bits model_bits linear_bytes model_bytes layers_quantized layers_skipped kv_bits "
     "payload_bits activation_bits activation_bytes kernel_bytes kernel_causes kept_share causal created",
     "attempts": "attempt_id cell_id model label job number evaluations outcome stage error traceback worker node "
-    "started wall_s stages peak_host_bytes peak_gpu_bytes notes provenance",
+    "started wall_s stages peak_host_bytes peak_gpu_bytes notes provenance expected_s expected_from",
     "metrics": "metric value unit better n clusters standard_error low high stopped_early cell_id eval_id attempt_id "
     "evaluation protocol created",
     "documents": "document cluster window tokens loss correct answer choices task agree lost gained kl kl_reverse "
