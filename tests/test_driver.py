@@ -311,6 +311,7 @@ print(ran.summary, os.environ.get("RAY_AUTH_MODE"), flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_ray_of_our_own_starts_and_ends_with_the_job(tmp_path: Path):
     """In a process of its own, with HOME elsewhere: no token may be left there. SIGTERM is like Ctrl-C."""
     code = OWN_RAY.format(root=str(ROOT), folder=str(tmp_path / "work"))

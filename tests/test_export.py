@@ -74,8 +74,7 @@ def header_bytes(path: Path) -> int:
 
 
 # -- what reads back --------------------------------------------------------------------------------------------------
-
-
+@pytest.mark.slow
 def test_a_packed_export_in_a_fresh_process(write: Write, export_store: Store) -> None:
     """The one test with a process of its own: it knows nothing of qfarm and loads what it finds."""
     done = write("gptq w4 g16")

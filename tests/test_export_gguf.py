@@ -160,6 +160,7 @@ def types_in(path: Path) -> dict[str, str]:
     return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
 
 
+@pytest.mark.slow
 def test_an_export_in_a_fresh_process(write: Write) -> None:
     """The one test with a process of its own."""
     done = write("rtn w4 g32", "gguf")

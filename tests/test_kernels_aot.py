@@ -32,12 +32,14 @@ def compiled(targets: str, only: str, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_a_launch_keeps_its_budget(tmp_path: Path) -> None:
     [row] = compiled("sm_80", "cq_apply 8x256", tmp_path)
     assert row["breaches"] == []
     assert row["registers"] > 0 and row["instructions"] > 50 and row["names"]["EXIT"] >= 1
 
 
+@pytest.mark.slow
 def test_budgets_catch_spills_and_narrow_loads(tmp_path: Path) -> None:
     ran = run("tests.planted_kernels", cache=tmp_path)
     assert ran.returncode == 0, ran.stderr
