@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from qfarm import scheduler
 from qfarm.bench.simulated import Farm, Report, Settings, plans_of, simulate, simulated_cell
 from qfarm.errors import Failure
 from qfarm.matrix import Cell
@@ -380,13 +381,29 @@ def test_second_copies_shorten_the_wait_for_stragglers():
     assert set(farm.accepted.values()) == {1} and with_copies.finished == 1000
 
 
-def test_cost_grows_with_the_cells_and_not_with_their_square():
-    def cost(cells: int) -> float:
-        report, _ = simulated(50, cells, 200, seed=4)
-        return report.setup_s + report.scheduler_s
+def lines_run(function) -> int:
+    """How many lines of the scheduler run inside: a cost that no other process can move."""
+    count, before = 0, sys.gettrace()
 
-    small, large = cost(500), cost(4_000)
-    assert large < 24 * small  # 8 times is linear, 64 times would be quadratic
+    def line(frame, event, argument):
+        nonlocal count
+        count += event == "line"
+        return line
+
+    def call(frame, event, argument):
+        return line if frame.f_code.co_filename == scheduler.__file__ else None
+
+    sys.settrace(call)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_cost_grows_with_the_cells_and_not_with_their_square():
+    small, large = (lines_run(lambda cells=cells: simulated(50, cells, 200, seed=4)) for cells in (500, 4_000))
+    assert 2 * small < large < 12 * small  # 8 times is linear (less with what every run costs), 64 times quadratic
 
 
 @pytest.mark.slow
