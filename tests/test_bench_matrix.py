@@ -34,8 +34,8 @@ def settings(model: Path, **changes: object) -> bench.Settings:
 
 
 def test_what_a_command_and_its_children_take() -> None:
-    """A child that computes for half a second of processor time and holds 200 MB."""
-    child = "import time; x = bytearray(200_000_000); t = time.process_time\nwhile t() < 0.5: pass"
+    """A child that computes for a second and a half of processor time and holds 200 MB."""
+    child = "import time; x = bytearray(200_000_000); t = time.process_time\nwhile t() < 1.5: pass"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}]); sys.exit('the end')"
     usage = watched([sys.executable, "-c", parent], os.environ, look_s=0.02)
     assert usage.code == 1 and usage.tail == "the end"
