@@ -129,95 +129,98 @@ def _launch(name: str, run: Callable[[], object], kernel: str, elements: int | N
     LAUNCHES[name] = Launch(run=run, kernel=kernel, elements=elements, budget=Budget(**budget))
 
 
+# What a launch runs stands on its first line, its budget on the next.
+# fmt: off
 _launch(
     "w4_gemv 128", _gemv(4, 128), "t16_gemv", 128 * 128,
     registers=96, shared=1024, wanted=(WIDE,), unwanted=("I2F",), per_element=3.9,
-)  # fmt: skip
+)
 _launch(
     "w4_gemv 256", _gemv(4, 256), "t16_gemv", 256 * 128,
     registers=168, shared=2048, wanted=(WIDE,), unwanted=("I2F",), per_element=3.4,
-)  # fmt: skip
+)
 _launch(
     "w4_gemm_small 128", _gemm_small(128), "w4_gemm_small", 128 * 128,
     registers=136, shared=26 * KIB, wanted=(WIDE_ASYNC, "HMMA"), per_element=2.7,
-)  # fmt: skip
+)
 _launch(
     "w4_gemm_small 256", _gemm_small(256), "w4_gemm_small", 256 * 128,
     registers=200, registers_sm_90=210, shared=44 * KIB, wanted=(WIDE_ASYNC, "HMMA"), per_element=2.5,
-)  # fmt: skip
+)
 _launch(
     "i8_gemm 128x128x64", _int8, "i8_gemm",
     registers=224, shared=64 * KIB, wanted=(r"(IMMA|IGMMA)", WIDE_ASYNC), loop=145,
-)  # fmt: skip
+)
 _launch(
     "quant_rows_i8 4096", lambda: tri_int8.quantize_rows(_empty(128, 4096)), "quant_rows_i8",
     registers=40, shared=64, wanted=(WIDE,),
-)  # fmt: skip
+)
 _launch(
     "cq_absmax 32x256", lambda: tri_misc.largest(_empty(2048, 4096)), "cq_absmax",
     registers=64, shared=4096, wanted=(WIDE,),
-)  # fmt: skip
+)
 _launch(
     "cq_apply 8x256",
     lambda: tri_misc.apply_steps(
         _empty(2048, 4096), _empty(2048, dtype=torch.float32), _empty(4096, dtype=torch.float32), 8
     ),
     "cq_apply", registers=40, shared=1024, wanted=(WIDE,),
-)  # fmt: skip
+)
 _launch(
     "hadamard 4096", lambda: tri_misc.rotate(_empty(128, 4096)), "hadamard",
     registers=40, shared=8192, wanted=(WIDE,), total=484,
-)  # fmt: skip
+)
 _launch(
     "bcq_gemv 3 planes mu 4", _planes(3, 4), "bcq_gemv", 512 * 128,
     registers=80, shared=0, wanted=(WIDE,), per_element=5.0,
-)  # fmt: skip
+)
 _launch(
     "bcq_gemv 3 planes mu 8", _planes(3, 8), "bcq_gemv", 512 * 128,
     registers=80, shared=0, wanted=(WIDE,), per_element=2.4,
-)  # fmt: skip
+)
 # 214 registers on sm_80. Held to 200 (maxnreg), so that five programs of 64 threads share a processor instead of
 # four, the compiler spills 20 of them.
 _launch(
     "kivi_qk 2 bits", lambda: tri_kv.scores(_empty(8, 8, 128), _cache(2, True), 0.1), "kivi_qk", 32 * 16 * 128,
     registers=220, shared=20 * KIB, wanted=(WIDE, "HMMA"), per_element=2.6,
-)  # fmt: skip
+)
 _launch(
     "w2_gemv 128", _gemv(2, 128), "t16_gemv", 128 * 256,
     registers=106, shared=1024, wanted=(WIDE,), unwanted=("I2F",), per_element=3.9,
-)  # fmt: skip
+)
 _launch(
     "w3_gemv 128", _gemv(3, 128), "t16_gemv", 128 * 512,
     registers=141, registers_sm_90=255, shared=1024, wanted=(WIDE,), unwanted=("I2F",), per_element=6.4,
-)  # fmt: skip
+)
 _launch(
     "w8_gemv 128", _gemv(8, 128), "t16_gemv", 128 * 64,
     registers=99, shared=1024, wanted=(WIDE,), unwanted=("I2F",), per_element=5.0,
-)  # fmt: skip
+)
 _launch(
     "w4 dequantized", lambda: tri_weight.dequantize(_weight(4), torch.float16), "t16_dequantize", 64 * 128,
     registers=40, shared=0, wanted=(WIDE,), per_element=8.0,
-)  # fmt: skip
+)
 _launch(
     "bcq_lut mu 4", lambda: tri_bcq.build_table(_empty(16384), 4), "bcq_lut",
     registers=32, shared=0, wanted=("STG",), total=115,
-)  # fmt: skip
+)
 _launch(
     "kivi_qk 4 bits", lambda: tri_kv.scores(_empty(8, 8, 128), _cache(4, True), 0.1), "kivi_qk", 32 * 8 * 128,
     registers=200, shared=20 * KIB, wanted=(WIDE, "HMMA"), per_element=3.3,
-)  # fmt: skip
+)
 _launch(
     "kivi_pv 2 bits", lambda: tri_kv.outputs(_empty(8, 8, 8192), _cache(2, False)), "kivi_pv", 32 * 16 * 32,
     registers=185, shared=20 * KIB, wanted=(WIDE_ASYNC, "HMMA"), per_element=9.1,
-)  # fmt: skip
+)
 _launch(
     "kv_quant_pack keys", lambda: tri_kv.quantize(_empty(8, 128, 128), 2, 32, True), "kv_quant_pack",
     registers=64, shared=512, wanted=("LDG",), total=930,
-)  # fmt: skip
+)
 _launch(
     "fake_quant_groups 128", lambda: tri_misc.fake_quantize(_empty(2048, 4096), 4, 128, False), "fake_quant_groups",
     registers=48, shared=512, wanted=(WIDE,), total=730,
-)  # fmt: skip
+)
+# fmt: on
 
 
 # -- compiling --------------------------------------------------------------------------------------------------------

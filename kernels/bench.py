@@ -119,6 +119,7 @@ def graph(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
                 call()
 
     def replay() -> float:
+        # torch's stubs leave these untyped as well.
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         captured.replay()

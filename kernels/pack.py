@@ -50,13 +50,14 @@ def weight_bytes(rows: int, columns: int, bits: int, group: int, scale_bytes: in
     return codes + columns // group * rows * (scale_bytes + zero_bytes)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Tensors:
-    """What the packed tensors have in common: a frozen dataclass, some of whose fields are tensors."""
+    """What the packed tensors have in common; some of their fields are tensors, or tuples of them."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name; those of a tuple are numbered."""
         found: dict[str, Tensor] = {}
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 found[field.name] = value
@@ -72,13 +73,13 @@ class _Tensors:
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
         moved: dict[str, Tensor | tuple[Tensor, ...]] = {}
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 moved[field.name] = value.to(device)
             elif isinstance(value, tuple):
                 moved[field.name] = tuple(part.to(device) for part in value)
-        return dataclasses.replace(self, **moved)  # type: ignore[type-var]
+        return dataclasses.replace(self, **moved)
 
 
 # -- T16 --------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def over(gpu: bool = True, **axes: list[Any]) -> Callable[[Callable[..., None]],
             chosen = dict(zip(axes, values, strict=True))
             name = "-".join([check.__name__, *(str(value).replace(" ", "") for value in values)])
             assert name not in CASES
-            CASES[name] = Case(lambda device, chosen=chosen: check(device=device, **chosen), gpu)  # type: ignore[misc]
+            CASES[name] = Case(lambda device, chosen=chosen: check(device=device, **chosen), gpu)
         return check
 
     return register

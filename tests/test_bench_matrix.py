@@ -27,7 +27,7 @@ SMALL = {"samples": 2, "calibration_length": 16, "windows": 2, "length": 32, "dt
 
 def settings(model: Path, **changes: object) -> bench.Settings:
     known = {"model": str(model), "text": "python-docs", "calibration": "python-docs", **SMALL, **changes}
-    return bench.Settings(**known)  # type: ignore[arg-type]
+    return bench.Settings(**known)
 
 
 # -- processes --------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_one_wrong_layer_fails_the_cell_and_what_follows(
     made: list[Product] = []
 
     def product_of(*args: object) -> Product:
-        made.append(real(*args))  # type: ignore[arg-type]
+        made.append(real(*args))
         if len(made) == 10:
             spoil(made[-1])
         return made[-1]
@@ -121,7 +121,7 @@ def test_logits_are_judged_too(tmp_path: Path, tiny: Path, monkeypatch: pytest.M
     made: list[Product] = []
 
     def product_of(*args: object) -> Product:
-        made.append(real(*args))  # type: ignore[arg-type]
+        made.append(real(*args))
         spoil(made[-1])
         return made[-1]
 
@@ -139,11 +139,11 @@ def test_the_simulation_is_as_it_was_afterwards(tmp_path: Path, tiny: Path) -> N
     session.packed = packed
     names = list(packed.layers)
     before = {name: session.loaded.model.get_submodule(name) for name in names}
-    weights = {name: module.weight.clone() for name, module in before.items()}  # type: ignore[operator,union-attr]
+    weights = {name: module.weight.clone() for name, module in before.items()}
     with packed.running(True), torch.no_grad():
         crosscheck.Crosscheck(length=16, windows=1).run(session, lambda done, total: None)
         assert session.loaded.model.get_submodule(names[0]) is packed.layers[names[0]]
     for name in names:
         module = session.loaded.model.get_submodule(name)
-        assert module is before[name] and torch.equal(module.weight, weights[name])  # type: ignore[arg-type]
+        assert module is before[name] and torch.equal(module.weight, weights[name])
         assert not module._forward_hooks

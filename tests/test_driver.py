@@ -18,6 +18,7 @@ import pytest
 
 from qfarm import actors, cluster, pool, remote
 from qfarm.actors import Hello, Message
+from qfarm.bench.simulated import simulated_cell
 from qfarm.board import Board, CellWork, Place, one_line
 from qfarm.driver import Settings, Summary, find_address, run, run_local
 from qfarm.errors import Failure, InvalidInput, QfarmError, StoreFull
@@ -33,21 +34,7 @@ CPU = Resources(gpus=0, cpus=1)
 
 
 def make_cell(model: str, number: int = 0, baseline: bool = False) -> Cell:
-    return Cell(
-        model=model,
-        fingerprint=model,
-        tokenizer="t",
-        dtype="float32",
-        recipe="baseline" if baseline else "rtn",
-        methods=(),
-        scheme="w16" if baseline else "w4",
-        group_size=-1,
-        symmetric=False,
-        scale_dtype="float16",
-        statistics=None,
-        calibration=None,
-        seed=None if baseline else number,
-    )
+    return simulated_cell(number, model, baseline)
 
 
 def work(*models: str) -> list[CellWork]:

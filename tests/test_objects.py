@@ -28,7 +28,7 @@ from tests.test_store import attempt_row, cell_row, document_row, fill, metric_r
 URL = "s3://bucket/results"
 
 
-class Memory(fsspec.get_filesystem_class("memory")):  # type: ignore[misc]
+class Memory(fsspec.get_filesystem_class("memory")):
     """A bucket in memory; `faults` are raised by the next puts."""
 
     cachable = False
@@ -159,7 +159,7 @@ def test_compacting_objects(store: Store, memory: Memory) -> None:
 def test_urls_that_are_refused(location: str, fault: str) -> None:
     for call in (check_url, Store.open, is_store, remote.require_shared_store):
         with pytest.raises(InvalidInput, match=fault) as raised:
-            call(location)  # type: ignore[operator]
+            call(location)
         assert "secret" not in str(raised.value)
 
 
@@ -181,7 +181,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_news_of_running_jobs_in_a_store_of_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Beacon(URL, None)._write()  # type: ignore[arg-type]
+    Beacon(URL, None)._write()
     assert list(tmp_path.iterdir()) == []
 
 

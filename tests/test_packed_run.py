@@ -148,7 +148,7 @@ def packed_model(tmp_path: Path, tiny: Path, **changes: str) -> tuple[Farm, Pack
 def logits(farm: Farm, packed: PackedModel, run: bool) -> torch.Tensor:
     ids = torch.arange(48).reshape(2, 24) * 5 % 256
     with packed.running(run):
-        return farm.session.loaded.model(input_ids=ids).logits.float()  # type: ignore[no-any-return]
+        return farm.session.loaded.model(input_ids=ids).logits.float()
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_one_wrong_group_of_scales_is_seen(tmp_path: Path, tiny: Path) -> None:
     """The bound of the comparison above is one that a mistake does not keep."""
     farm, packed = packed_model(tmp_path, tiny, methods="[gptq]")
     before = logits(farm, packed, False)
-    product = packed.layers["model.layers.0.mlp.down_proj"].product.inner  # type: ignore[attr-defined]
+    product = packed.layers["model.layers.0.mlp.down_proj"].product.inner
     assert isinstance(product, Int4Product)
     product.scales.copy_(product.scales.flip(0))
     apart = (logits(farm, packed, True) - before).square().mean().sqrt() / before.std()

@@ -95,7 +95,7 @@ def test_weights_without_uniform_codes_and_gpus_are_refused_by_name() -> None:
         solver: str = "mine"
 
     with pytest.raises(InvalidInput, match="mine makes a Levels, whose codes no operator multiplies"):
-        product_of(Levels(), None, torch.bfloat16, Sharing())  # type: ignore[arg-type]
+        product_of(Levels(), None, torch.bfloat16, Sharing())
     with pytest.raises(InvalidInput, match=r"packed on cuda: no kernel is called there yet .* run: fake"):
         refuse_device(torch.device("cuda"))
 

@@ -117,7 +117,7 @@ def test_rows_name_their_machine_and_a_second_measurement_may_differ(tmp_path: P
     assert table["protocol"]["machine"] == machines[0] and table["rows"][1]["metrics"]["kv_bytes"]["value"] > 0
     assert all(planned.done for planned in farm.plan().cells)
     # Another worker was first with a time of its own: no two are equal, and that is no disagreement.
-    farm.store.finished_evaluations = lambda: frozenset()  # type: ignore[method-assign]
+    farm.store.finished_evaluations = lambda: frozenset()
     assert farm.run(1).failure is None and len(farm.table("metrics")) == len(rows)
 
 

@@ -1,8 +1,8 @@
 """A whole matrix, three ways: the farm, the farm with nothing shared, and one fresh process per cell.
 
 The matrix is fixed: 20 weight-only cells (rtn, gptq, awq, hqq, sinq at 4 and 3 bits, per channel and in groups of 64),
-four at W8A8, and the baseline. All three ways run the same code, evaluate alike and end with the same numbers; they
-take turns, round by round, each with a store and a cache of baselines of its own.
+four at W8A8, and the baseline. All three ways run the same code and evaluate alike, and the report says how far
+their numbers differ; they take turns, round by round, each with a store and a cache of baselines of its own.
 
     farm    `qfarm submit` on a local Ray: a worker per core (or GPU); model, tokens, statistics and baseline are shared
     alone   the same, but a worker forgets everything between cells
@@ -109,7 +109,7 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda _: None) ->
         job = load_job(path)
         plan = make_plan(job, None, settings.data)
         chosen = [planned.cell.cell_id for planned in plan.cells][: settings.cells + 1]
-        if len(chosen) <= len(plan.cells) - 1:
+        if len(chosen) < len(plan.cells):
             progress(f"a trial of {len(chosen)} of {len(plan.cells)} cells")
         facts = resolve(settings.model)
         runs: dict[str, list[_Run]] = {way: [] for way in settings.ways}
@@ -233,7 +233,7 @@ def _inputs(facts: ModelFacts) -> list[int]:
 
 
 def matrix_rate(facts: ModelFacts, dtype: str) -> float:
-    """Operations per second of products of the model's shapes, weighted as the decoder has them, all threads or one."""
+    """Operations per second of products of the model's shapes, weighted as the decoder has them, with all threads."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         return _rate(facts, dtype, device)

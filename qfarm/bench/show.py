@@ -15,22 +15,13 @@ from qfarm import environment
 from qfarm.report.render import terminal_text
 
 if TYPE_CHECKING:
-    from qfarm.bench import farm, matrix, tasks
+    from qfarm.bench import farm, kernels, matrix, tasks
     from qfarm.bench.farm import Figure
     from qfarm.bench.methods import MethodResult, Report
 
 COLUMNS = (
-    ("method", "left"),
-    ("seconds", "right"),
-    ("runs", "right"),
-    ("ratio", "right"),
-    ("w/o forwards", "right"),
-    ("forwards", "right"),
-    ("statistics", "right"),
-    ("solving", "right"),
-    ("rest", "right"),
-    ("peak MiB", "right"),
-    ("bound MiB", "right"),
+    *("method", "seconds", "runs", "ratio", "w/o forwards"),
+    *("forwards", "statistics", "solving", "rest", "peak MiB", "bound MiB"),
 )
 LEGEND = (
     "ratio: the yardstick's seconds / the method's, above 1 = faster; w/o forwards: the same without the calibration "
@@ -55,15 +46,21 @@ MATRIX_LEGEND = (
 )
 
 
-def render_json(report: Report | tasks.Report | matrix.Report) -> str:
+def columns(names: Sequence[str], left: int = 1) -> Table:
+    """An empty table with columns of figures behind `left` columns of words."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, name in enumerate(names):
+        table.add_column(name, justify="left" if index < left else "right", overflow="fold")
+    return table
+
+
+def render_json(report: Report | tasks.Report | matrix.Report | kernels.Report) -> str:
     return json.dumps(dataclasses.asdict(report), indent=2) + "\n"
 
 
 def render_terminal(report: Report, width: int, color: bool = False) -> str:
     """The table with what was run and where it ran."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, side in COLUMNS:
-        table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
+    table = columns(COLUMNS)
     for result in report.results:
         table.add_row(*_cells(result))
     settings, machine = report.settings, report.machine
@@ -79,9 +76,7 @@ def render_terminal(report: Report, width: int, color: bool = False) -> str:
 
 def render_tasks(report: tasks.Report, width: int, color: bool = False) -> str:
     """Every task asked both ways, with where it ran."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in TASK_COLUMNS:
-        table.add_column(name, justify="left" if name == "task" else "right", overflow="fold")
+    table = columns(TASK_COLUMNS)
     for result in report.results:
         table.add_row(
             result.task,
@@ -104,9 +99,7 @@ def render_tasks(report: tasks.Report, width: int, color: bool = False) -> str:
 
 def render_matrix(report: matrix.Report, width: int, color: bool = False) -> str:
     """The ways side by side, with what was run and the floor."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in MATRIX_COLUMNS:
-        table.add_column(name, justify="left" if name == "way" else "right", overflow="fold")
+    table = columns(MATRIX_COLUMNS)
     for result in report.results:
         table.add_row(
             result.way,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-
 from rich.table import Table
 from rich.text import Text
 
 from qfarm.bench.kernels import NO_GPU, Report
+from qfarm.bench.show import columns
 from qfarm.kernels.roofline import FORMATS, stored_bytes
 from qfarm.report.render import terminal_text
 
@@ -16,10 +14,6 @@ LEGEND = (
     "roofline: bytes / bandwidth. goal: 2 us + the largest of roofline / 0.80, instructions / 0.90 and tensor cores / "
     "0.70 (qfarm.kernels.roofline), limit: which of them. x fp16: the goal of fp16 / this one."
 )
-
-
-def render_json(report: Report) -> str:
-    return json.dumps(dataclasses.asdict(report), indent=2) + "\n"
 
 
 def render_kernels(report: Report, width: int, color: bool = False) -> str:
@@ -41,16 +35,8 @@ def render_kernels(report: Report, width: int, color: bool = False) -> str:
     return terminal_text(parts, width, color)
 
 
-def _table(names: tuple[str, ...], left: int = 1) -> Table:
-    """Columns of figures behind `left` columns of words."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, name in enumerate(names):
-        table.add_column(name, justify="left" if i < left else "right", overflow="fold")
-    return table
-
-
 def _timings(report: Report) -> Table:
-    table = _table(("n x k", "format", "us", "p20", "p80", "samples", "GB/s", "x fp16"), left=2)
+    table = columns(("n x k", "format", "us", "p20", "p80", "samples", "GB/s", "x fp16"), left=2)
     plain = {(row.n, row.k): row.median_s for row in report.measured if row.form == "fp16"}
     for row in report.measured:
         if row.median_s is None or row.p20_s is None or row.p80_s is None:
@@ -66,7 +52,7 @@ def _timings(report: Report) -> Table:
 
 
 def _predictions(report: Report, gpu: str) -> Table:
-    table = _table(("n x k", "format", "MB", "roofline us", "goal us", "x fp16", "limit"), left=2)
+    table = columns(("n x k", "format", "MB", "roofline us", "goal us", "x fp16", "limit"), left=2)
     for row in report.predicted:
         if row.gpu == gpu:
             found = row.prediction
@@ -76,7 +62,7 @@ def _predictions(report: Report, gpu: str) -> Table:
 
 
 def _compiled(report: Report) -> Table:
-    table = _table(("target", "launch", "registers", "spills", "shared", "per element", "budget"), left=2)
+    table = columns(("target", "launch", "registers", "spills", "shared", "per element", "budget"), left=2)
     for row in report.compiled:
         figures = [str(row["registers"]), str(row["spills"]), str(row["shared"])]
         each = f"{row['per_element']:.2f}" if "per_element" in row else "-"

@@ -164,7 +164,7 @@ def bench_tasks(style: str, tasks: str, data: str | None, **settings: Any) -> No
 def bench_matrix(style: str, ways: str, data: str | None, **settings: Any) -> None:
     """A fixed matrix of 24 cells three ways: the farm, the farm with nothing shared, one fresh process per cell.
 
-    Takes an hour on two cores. Nothing is kept.
+    Nothing is kept. Not yet run at full size: expect an hour or more on two cores.
 
     \b
     Examples:
@@ -243,7 +243,8 @@ def bench_kernels(style: str, gpus: str, targets: str) -> None:
       qfarm bench kernels --gpus h200 --compile sm_90 --format json
     """
     from qfarm.bench import kernels as bench
-    from qfarm.bench.show_kernels import render_json, render_kernels
+    from qfarm.bench.show import render_json
+    from qfarm.bench.show_kernels import render_kernels
 
     names, wanted = (tuple(filter(None, (name.strip() for name in text.split(",")))) for text in (gpus, targets))
     report = bench.run(bench.Settings(gpus=names, targets=wanted), lambda text: click.echo(text, err=True))

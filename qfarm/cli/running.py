@@ -29,7 +29,6 @@ from qfarm.cli.shared import (
     width,
 )
 from qfarm.errors import InvalidInput
-from qfarm.record import utc_now
 
 if TYPE_CHECKING:
     from qfarm.job import Job
@@ -102,6 +101,8 @@ def submit(
         raise InvalidInput("--detach needs an http address")
     if trace and not Path(trace).resolve().parent.is_dir():
         raise InvalidInput(f"--trace: {trace}: no such folder")
+    from qfarm.record import utc_now
+
     began = utc_now()
     code = _submit_here(checked, job, address, where, local, only, data)
     if trace:

@@ -19,7 +19,7 @@ from qfarm.errors import InvalidInput, nearest
 from qfarm.matrix import canonical_hash
 from qfarm.recipe import describe
 from qfarm.runs import RUNS, Run, run_protocol
-from qfarm.text import public_name
+from qfarm.text import absolute, public_name
 
 if TYPE_CHECKING:
     from qfarm.record import Document, LayerStatistic, Metric
@@ -121,6 +121,23 @@ class Evaluator:
             "dtype": dtype,
         }
         return found | run_protocol(run) | ({"kv": self.reading_cache()} if kv else {})
+
+
+class TextEvaluator(Evaluator):
+    """Base of those whose options are a `text` and the `length` of its windows, read one by one."""
+
+    text: str
+    length: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", absolute(self.text))
+
+    @property
+    def window(self) -> int:
+        return self.length
+
+    def texts(self) -> tuple[tuple[str, Part], ...]:
+        return ((self.text, "evaluation"),)
 
 
 def eval_id(protocol: Mapping[str, Any]) -> str:

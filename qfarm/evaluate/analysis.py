@@ -31,12 +31,12 @@ from torch import Tensor, nn
 
 from qfarm.analysis import distance, mean_decibels, moments, over_windows
 from qfarm.errors import NonFinite
-from qfarm.evaluate import Evaluator, Result
+from qfarm.evaluate import Result, TextEvaluator
 from qfarm.models.load import LoadedModel
 from qfarm.models.past import KEYWORDS
 from qfarm.recipe import STRICT
 from qfarm.record import LayerStatistic, Metric
-from qfarm.text import Part, absolute, public_name, reference
+from qfarm.text import public_name, reference
 
 if TYPE_CHECKING:
     from qfarm.worker import Session
@@ -48,26 +48,16 @@ Found = dict[tuple[int, str, str, str], list[float]]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Analysis(Evaluator):
+class Analysis(TextEvaluator):
     runs = ("fake",)  # it looks at weights, which a packed run does not have
 
     text: Annotated[str, BeforeValidator(reference)] = Field(description="as of perplexity")
     length: int = Field(2048, ge=2, description="tokens per window")
     windows: int = Field(10, ge=1, description="the first so many windows")
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "text", absolute(self.text))
-
     @property
     def label(self) -> str:
         return f"analysis {public_name(self.text)} {self.length} x{self.windows}"
-
-    @property
-    def window(self) -> int:
-        return self.length
-
-    def texts(self) -> tuple[tuple[str, Part], ...]:
-        return ((self.text, "evaluation"),)
 
     def tokens(self) -> int:
         return 2 * self.length * self.windows  # read by two models

@@ -34,13 +34,13 @@ from torch import Tensor, nn
 
 from qfarm import divergence
 from qfarm.errors import Disagreement, NonFinite
-from qfarm.evaluate import Evaluator, Result
+from qfarm.evaluate import Result, TextEvaluator
 from qfarm.layers.linear import QuantLinear
 from qfarm.layers.packed_run import PackedModel
 from qfarm.models.load import LoadedModel
 from qfarm.recipe import STRICT
 from qfarm.record import Metric
-from qfarm.text import Part, absolute, public_name, reference
+from qfarm.text import public_name, reference
 
 if TYPE_CHECKING:
     from qfarm.worker import Session
@@ -49,7 +49,7 @@ ALLOWED = 4.0  # times what one unit in the last place of the weights does
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Crosscheck(Evaluator):
+class Crosscheck(TextEvaluator):
     runs = ("packed",)
     gate = True
 
@@ -57,19 +57,9 @@ class Crosscheck(Evaluator):
     length: int = Field(128, ge=2, description="tokens per window")
     windows: int = Field(2, ge=1, description="the first so many windows")
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "text", absolute(self.text))
-
     @property
     def label(self) -> str:
         return f"crosscheck {public_name(self.text)} {self.length} x{self.windows}"
-
-    @property
-    def window(self) -> int:
-        return self.length
-
-    def texts(self) -> tuple[tuple[str, Part], ...]:
-        return ((self.text, "evaluation"),)
 
     def tokens(self) -> int:
         return 4 * self.length * self.windows

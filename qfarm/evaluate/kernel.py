@@ -27,7 +27,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from qfarm.errors import NonFinite
-from qfarm.evaluate import Evaluator, Result
+from qfarm.evaluate import Result, TextEvaluator
 from qfarm.layers.kernel import Kernel as Counts
 from qfarm.layers.kernel import PerTensor, kernel
 from qfarm.layers.linear import by_sequence
@@ -36,7 +36,7 @@ from qfarm.models.load import LoadedModel
 from qfarm.recipe import STRICT
 from qfarm.record import Document, Metric
 from qfarm.scheme import UNTOUCHED, parse_scheme
-from qfarm.text import Part, absolute, public_name, reference
+from qfarm.text import public_name, reference
 
 if TYPE_CHECKING:
     from qfarm.worker import Session
@@ -50,7 +50,7 @@ Found = dict[str, dict[str, Counts]]  # by module, by quantizer
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Kernel(Evaluator):
+class Kernel(TextEvaluator):
     runs = ("fake",)  # it looks at quantizers of inputs, not at products
 
     text: Annotated[str, BeforeValidator(reference)] = Field(description="as of perplexity")
@@ -58,21 +58,11 @@ class Kernel(Evaluator):
     windows: int | None = Field(None, ge=1, description="the first so many windows; default: all")
     bits: int | None = Field(None, ge=2, le=15, description="of the plain quantizers; default: the cell's, 8 at 16")
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "text", absolute(self.text))
-
     @property
     def label(self) -> str:
         words = ["kernel", public_name(self.text), str(self.length)]
         words += [f"x{self.windows}"] if self.windows else []
         return " ".join(words + ([f"{self.bits} bits"] if self.bits else []))
-
-    @property
-    def window(self) -> int:
-        return self.length
-
-    def texts(self) -> tuple[tuple[str, Part], ...]:
-        return ((self.text, "evaluation"),)
 
     def tokens(self) -> int:
         return self.length * (self.windows or USUAL_WINDOWS)

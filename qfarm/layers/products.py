@@ -72,7 +72,7 @@ def refuse_device(device: torch.device) -> None:
     """Raises InvalidInput where nothing multiplies packed codes."""
     if device.type != "cpu":
         raise InvalidInput(
-            f"run: packed on {device.type}: no kernel is called there yet (qfarm.kernels.ops is missing); "
+            f"run: packed on {device.type}: no kernel is called there yet (they stand in qfarm.kernels.ops); "
             "CUDA_VISIBLE_DEVICES= runs it on the CPU, run: fake measures accuracy"
         )
 
