@@ -59,34 +59,9 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
 
 def save_tiny(folder: Path, family: str, **changes: Any) -> Path:
     """A random model with two blocks and a byte-like tokenizer, saved as a checkpoint."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from qfarm.bench.random_model import save_random
 
-    config = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 260,
-        "max_position_embeddings": 256,
-        "bos_token_id": 256,
-        "eos_token_id": 257,
-        "pad_token_id": 257,
-        **TINY[family],
-        **changes,
-    }
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config), dtype=torch.float32)
-    for name, parameter in model.named_parameters():
-        if "norm" not in name and parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    model.save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)} | {"<s>": 256, "</s>": 257}, merges=[]))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    return folder
+    return save_random(folder, family, **{**TINY[family], **changes})
 
 
 def speaking(folder: Path, template: str | None = None) -> Path:
