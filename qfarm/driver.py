@@ -44,6 +44,7 @@ class Settings:
     stall_s: float = 1800.0  # with heartbeats but without progress for so long at least, too
     runner: str = "qfarm.worker:run_cell"
     session: str = "qfarm.worker:Session"
+    real_gpus: bool = True  # False: a rehearsal on a Ray whose GPUs are none; workers compute on what there is
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -157,7 +157,7 @@ class Pool:
         heartbeat_s = min(HEARTBEAT_S, settings.silence_s / HEARTBEATS)
         actor_class = self._actor_class.options(**self._options, num_gpus=gpus)
         actor = actor_class.remote(self._inbox, settings.runner, settings.session, settings.data, heartbeat_s)
-        answer = actor.hello.remote(tuple(self._departed), self._secrets, gpus > 0)
+        answer = actor.hello.remote(tuple(self._departed), self._secrets, gpus > 0 and settings.real_gpus)
         self._workers.append(_Worker(name=f"w{next(self._numbers)}", actor=actor, answer=answer, gpus=gpus))
 
     def _dismiss(self, worker: _Worker) -> None:

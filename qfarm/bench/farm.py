@@ -1,8 +1,9 @@
 """Farm: what running many cells costs beside the cells: planning, scheduling, handing out, storing, reporting.
 
-Four measurements, each with a workload that is made here: a plan of a large job; the scheduler in simulated time
-(`qfarm.bench.simulated`); a real Ray on this machine with cells that do nothing; and a store with a ledger for each
-cell, appended to, compacted and reported. Processor seconds are those of this process, all threads.
+Five measurements, each with a workload that is made here: a plan of a large job; the scheduler in simulated time
+(`qfarm.bench.simulated`); a real Ray on this machine with cells that do nothing; a store with a ledger for each cell,
+appended to, compacted and reported; and, when asked for, a job whose workers and nodes are killed throughout
+(`qfarm.bench.chaos`). Processor seconds are those of this process, all threads.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from qfarm.bench import simulated
 from qfarm.board import CellWork
 from qfarm.record import AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow, utc_now
 
-PARTS = ("plan", "simulated", "ray", "store")
+PARTS = ("plan", "simulated", "ray", "store", "chaos")
+BLOWS_MISSED = 3  # of the planned ones: a run with few says little
 PLANNED_MODELS = ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B")  # described by qfarm/models/known.yaml
 AXES = 2 * 7 * 3  # models, schemes and groups of the planned job; seeds make up the rest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    parts: tuple[str, ...] = PARTS
+    parts: tuple[str, ...] = PARTS[:4]
     cells: int = 100_000  # planned and simulated
     workers: int = 1_000  # simulated
     seed: int = 0
@@ -36,6 +38,7 @@ class Settings:
     store_cells: int = 1_000
     documents: int = 20  # of each stored cell
     store: str | None = None  # folder for the store that is made; None: a temporary one
+    chaos_seeds: tuple[int, ...] = (0,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,6 +189,31 @@ def _stored(settings: Settings, location: str) -> list[Figure]:
     ]
 
 
+def _chaos(settings: Settings) -> list[Figure]:
+    from qfarm.bench import chaos
+
+    found = []
+    for verdict in chaos.run(settings.chaos_seeds):
+        told: list[tuple[str, float, str, float | None]] = [
+            ("workers and nodes killed", verdict.kills, "blows", None),
+            ("planned blows that did not fall", verdict.missed, "blows", BLOWS_MISSED),
+            ("attempts", verdict.attempts, "attempts", None),
+            ("from the first start to the end", verdict.seconds, "s", None),
+            ("numbers that are missing or there twice", verdict.missing, "rows", 0),
+            ("numbers that differ from an undisturbed run's", verdict.different, "rows", 0),
+            ("struck attempts without a row that says so", verdict.untold, "attempts", 0),
+            ("failed attempts that nothing has struck", verdict.unexplained, "attempts", 0),
+            ("faults of the store", verdict.faults, "files", 0),
+            ("files left that no manifest names", verdict.orphans, "files", 0),
+        ]
+        what = f"{chaos.CELLS} cells, seed {verdict.seed}: "
+        found += [
+            Figure(part="chaos", what=what + name, value=value, unit=unit, goal=goal)
+            for name, value, unit, goal in told
+        ]
+    return found
+
+
 def _timed(work: Callable[[], Any]) -> tuple[float, float]:
     """Processor and wall seconds."""
     processor, wall = time.process_time(), time.perf_counter()
@@ -311,4 +339,5 @@ _MEASURE: dict[str, Callable[[Settings], list[Figure]]] = {
     "simulated": _simulated,
     "ray": _ray,
     "store": _store,
+    "chaos": _chaos,
 }
