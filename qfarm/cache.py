@@ -57,16 +57,17 @@ def entry(kind: str, key: str, make: Callable[[Path], None]) -> Path:
 
 def publish_file(kind: str, name: str, write: Callable[[Path], None]) -> Path:
     """Write `kind/name` aside and rename it into place, replacing what was there; then trim the kind to its limit."""
-    final, limit = root() / kind / name, _limit()
+    final, most = root() / kind / name, limit()
     final.parent.mkdir(parents=True, exist_ok=True)
     with _aside(final) as part:
         write(part)
         part.replace(final)
-    _trim(final.parent, limit, keep=final)
+    _trim(final.parent, most, keep=final)
     return final
 
 
-def _limit() -> int:
+def limit() -> int:
+    """Bytes of a kind that are kept. Raises InvalidInput for a limit that is no number."""
     given = os.environ.get("QFARM_CACHE_LIMIT")
     if not given:
         return DEFAULT_LIMIT

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qfarm import cache
+from qfarm import depot
 from qfarm.errors import NonFinite
 from qfarm.layers.rtn import Quantizer
 from qfarm.walk import BlockProblem
@@ -68,9 +68,9 @@ def distil(problem: BlockProblem, options: Distillation) -> tuple[dict[str, Tens
     """
     roles = _weight_names(problem)
     name = f"{_key(problem, options)}.safetensors"
-    found = cache.find_file(CACHE, name)
+    found = depot.find(CACHE, name)
     if found is None:
-        found = cache.publish_file(CACHE, name, lambda part: _train_into(part, problem, options, roles))
+        found = depot.publish(CACHE, name, lambda part: _train_into(part, problem, options, roles))
     stored = load_file(found)
     curve = [float(loss) for loss in stored.pop("loss_curve")]
     device = problem.inputs.device

@@ -112,6 +112,10 @@ class ObjectFolder:
         """What marks each object below a prefix: its size and its tag."""
         return {name: f"{info.get('size')}-{_tag(info)}" for name, info in self._listed(folder)}
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of each object below a prefix. Raises OSError."""
+        return {name: int(info.get("size") or 0) for name, info in self._listed(folder)}
+
     def _listed(self, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             with _os_errors():

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qfarm import cache, divergence
+from qfarm import depot, divergence
 from qfarm.betting import shared_order
 from qfarm.errors import NonFinite
 from qfarm.matrix import canonical_hash
@@ -147,7 +147,7 @@ class Keeper:
         assert self._states is not None
         states = self._states
         name = _hidden_name(self.session, self.windows)
-        return cache.publish_file(HIDDEN, name, lambda part: save_file({HIDDEN: states}, part))
+        return depot.publish(HIDDEN, name, lambda part: save_file({HIDDEN: states}, part))
 
 
 def baseline_states(session: Session, windows: Windows | Rolling, label: str) -> BaselineStates:
@@ -155,9 +155,9 @@ def baseline_states(session: Session, windows: Windows | Rolling, label: str) ->
 
     To be called while the model is still the original one.
     """
-    path = cache.find_file(HIDDEN, _hidden_name(session, windows))
+    path = depot.find(HIDDEN, _hidden_name(session, windows))
     if path is None:
-        session.note(f"{label}: the baseline's hidden states are not in this machine's cache; computed again")
+        session.note(f"{label}: the baseline's hidden states are in no cache; computed again")
         spans = Spans.of(windows)
         keeper = Keeper(session, windows, spans)
         for batch in itertools.chain.from_iterable(visiting_order(session, windows)):

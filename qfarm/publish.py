@@ -82,6 +82,10 @@ class LocalFolder:
             return {}
         return found
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of each file of a folder. Raises OSError."""
+        return {name: int(stamp.partition("-")[0]) for name, stamp in self.stamps(folder).items()}
+
     def age(self, path: str) -> float | None:
         """Seconds since a file was written, by the clock of this machine; None if it is gone."""
         try:

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qfarm import driver
+from qfarm import depot, driver
 from qfarm.cache import root
 from qfarm.errors import QfarmError
 from qfarm.job import load_job
@@ -62,6 +62,7 @@ class Forgetful(Counting):
         self.__init__(self.data)  # type: ignore[misc]  # whatever a session learns to keep is forgotten, too
         self.block_tokens = tokens
         os.environ["QFARM_CACHE"] = cache_without_baselines(os.environ[FOLDER])
+        os.environ.pop(depot.VARIABLE, None)
         super().begin(cell, shrink, ())
 
 

@@ -99,6 +99,9 @@ def submit(
             raise click.exceptions.Exit(_submit_remotely(checked, job, address, where, only, detach, data))
     if detach:
         raise InvalidInput("--detach needs an http address")
+    from qfarm import depot
+
+    depot.location()  # a place that cannot be shared is refused before anything runs
     if trace and not Path(trace).resolve().parent.is_dir():
         raise InvalidInput(f"--trace: {trace}: no such folder")
     from qfarm.record import utc_now

@@ -24,7 +24,7 @@ from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qfarm import cache, stats
+from qfarm import depot, stats
 from qfarm.errors import NonFinite
 from qfarm.evaluate import Evaluator, Result
 from qfarm.ledger import measured
@@ -79,9 +79,9 @@ class Generation(Evaluator):
         if session.cell.is_baseline:
             return
         windows = session.windows(self.text, self.prompt_tokens, None)
-        path = cache.find_file(CONTINUATIONS, self._name(session, windows))
+        path = depot.find(CONTINUATIONS, self._name(session, windows))
         if path is None:
-            session.note(f"{self.label}: the baseline's continuations are not in this machine's cache; computed again")
+            session.note(f"{self.label}: the baseline's continuations are in no cache; computed again")
             path = self._save(session, windows, self._continue(session, windows, lambda done, total: None))
         session.baseline_states[str(self)] = load_file(path)[CONTINUATIONS]
 
@@ -125,7 +125,7 @@ class Generation(Evaluator):
 
     def _save(self, session: Session, windows: Windows, tokens: Tensor) -> Path:
         name = self._name(session, windows)
-        return cache.publish_file(CONTINUATIONS, name, lambda part: save_file({CONTINUATIONS: tokens}, part))
+        return depot.publish(CONTINUATIONS, name, lambda part: save_file({CONTINUATIONS: tokens}, part))
 
 
 EVALUATOR = Generation
