@@ -96,7 +96,7 @@ def run(
     warned of and stand in the `attempts` table. Raises InvalidInput for a job that cannot run, KeyboardInterrupt.
     """
     from qfarm import driver
-    from qfarm.environment import data_folder
+    from qfarm.environment import data_folder, placed_store
     from qfarm.plan import make_plan
     from qfarm.store import Store, is_store
     from qfarm.work import open_work
@@ -104,7 +104,7 @@ def run(
     checked = _job(job)
     if checked.file.resources.gpus == 0 and not (ray or address):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: the job must not take a GPU by chance
-    given = checked.file.store
+    given = placed_store(checked.file.store)
     location = given if "://" in given else str(Path(given).expanduser().resolve())
     known = Store.open(location) if is_store(location) else None
     planned = make_plan(checked, known, data_folder(data))

@@ -6,12 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import os
-import re
 import secrets
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import urllib.parse
 import uuid
@@ -23,9 +20,11 @@ from qfarm.job import Resources
 
 DASHBOARD_PORT = 8265
 PROBE_S = 3.0  # a head that does not accept a connection within this does not answer
-HEAD_LOOKUP_S = 15.0  # `ray get-head-ip` asks the cloud's API
 MAX_WORKERS = 64  # asked of a cluster at once when the job sets no limit
-ADDRESS_FORMS = "HOST:6379 on a machine of the cluster, http://HOST:8265 from outside, auto, or local"
+ADDRESS_FORMS = (
+    "HOST:6379 on a machine of the cluster, http://HOST:8265 from outside, a file for Ray's cluster launcher, auto, or "
+    "local"
+)
 
 # A new Ray on this machine, where the user has not decided otherwise.
 LOCAL_ENVIRONMENT = {
@@ -50,8 +49,8 @@ def find_address(
 ) -> tuple[str | None, str]:
     """The address to run at and the line that says where: `address`, else RAY_ADDRESS, else cluster.yaml, else here.
 
-    None means a Ray of our own on this machine; http(s):// means that the job is handed to `qfarm.remote`.
-    Raises InvalidInput for an address that is none.
+    None means a Ray of our own on this machine. With http(s):// the job is handed over by `qfarm.remote`, and so it is
+    with a launcher's file, to the cluster that it describes. Raises InvalidInput for an address that is none.
     """
     source = "--address" if address else "RAY_ADDRESS"
     given = (address or environ.get("RAY_ADDRESS") or "").strip()
@@ -61,17 +60,19 @@ def find_address(
         if given != "local":
             return given, f"cluster at {given}"
     elif cluster_yaml.is_file():
-        head = running_head(cluster_yaml)
-        if head:
-            return f"http://{head}:{DASHBOARD_PORT}", f"cluster of {cluster_yaml}, head {head}"
-        note = f" ({cluster_yaml} is here but no running cluster was found)"
+        from qfarm.launcher import look_up
+
+        found = look_up(cluster_yaml)
+        if found.head:
+            return str(cluster_yaml), f"cluster of {cluster_yaml}, head {found.head}"
+        note = f" (no cluster of {cluster_yaml}: {found.reason})"
     return None, f"local Ray, {_cpu_count()} CPUs{note}"
 
 
 def _check_address(address: str, source: str) -> None:
     if address.startswith("ray://"):
         raise InvalidInput(f"{source} {address}: Ray Client addresses are not supported; use {ADDRESS_FORMS}")
-    if address in ("local", "auto"):
+    if address in ("local", "auto") or (is_file_address(address) and Path(address).is_file()):
         return
     with contextlib.suppress(ValueError):  # urlsplit's word for a bad port or bracket
         parts = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
@@ -81,22 +82,9 @@ def _check_address(address: str, source: str) -> None:
     raise InvalidInput(f"{source} {address}: not an address; use {ADDRESS_FORMS}")
 
 
-def running_head(cluster_yaml: Path) -> str | None:
-    """The head of the cluster that a launcher file describes, if one runs and its job server answers.
-
-    Asks in a process of its own: the launcher may print, import a cloud's SDK, or wait for credentials.
-    """
-    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "get-head-ip", str(cluster_yaml)]
-    try:
-        answer = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=HEAD_LOOKUP_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = answer.stdout.split()
-    if answer.returncode or not lines or not re.fullmatch(r"[A-Za-z0-9.:-]+", lines[-1]):
-        return None
-    return lines[-1] if answers(lines[-1], DASHBOARD_PORT) else None
+def is_file_address(address: str) -> bool:
+    """Whether an address names a file for Ray's cluster launcher."""
+    return address.endswith((".yaml", ".yml"))
 
 
 def answers(host: str, port: int) -> bool:

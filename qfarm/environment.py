@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import qfarm
+from qfarm.errors import InvalidInput
 
 PACKAGES = (
     "torch",
@@ -137,3 +138,16 @@ def data_folder(given: str | None) -> str | None:
     """The data pack's folder: the command line's, else QFARM_DATA; absolute."""
     folder = given or os.environ.get("QFARM_DATA")
     return str(Path(folder).expanduser().resolve()) if folder else None
+
+
+def placed_store(given: str) -> str:
+    """A job's store where QFARM_STORE (a URL or an absolute path) puts it: below that, if it is a relative path.
+
+    Raises InvalidInput when QFARM_STORE is relative itself.
+    """
+    root = os.environ.get("QFARM_STORE", "")
+    if not root or "://" in given or given.startswith(("/", "~")):
+        return given
+    if "://" not in root and not os.path.isabs(root):
+        raise InvalidInput(f"QFARM_STORE: {root}: give s3://BUCKET, gs://BUCKET or an absolute path")
+    return f"{root.rstrip('/')}/{os.path.normpath(given)}"

@@ -1,4 +1,4 @@
-"""Remote: submits qfarm itself as a Ray job to the head of a cluster, and follows it from here.
+"""Remote: submits qfarm itself as a Ray job to the head of a cluster, follows it from here, asks for it and ends it.
 
 The working directory travels along. It is looked through first, because Ray packs links by following them, leaves out
 broken ones without a word, and learns only after packing that the result is too large.
@@ -7,17 +7,21 @@ broken ones without a word, and learns only after packing that the result is too
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
+import datetime
 import logging
 import os
+import re
 import shlex
 import sys
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qfarm.cluster import answers, process_environment, token_line
+from qfarm.cluster import answers, is_file_address, process_environment, ray_environment, token_line
 from qfarm.errors import InvalidInput, Unavailable
 from qfarm.objects import check_url, is_url
 
@@ -29,6 +33,23 @@ END_S = 10.0  # for the status to follow the end of the logs
 INTERRUPTED = 130
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """A job that a cluster was handed."""
+
+    name: str  # its submission id
+    status: str  # as Ray calls it, in small letters: pending, running, stopped, succeeded, failed
+    at_work: bool
+    started: datetime.datetime | None
+    ended: datetime.datetime | None
+    said: str  # the last line of its log, or Ray's message
+
+
+def is_remote(address: str | None) -> bool:
+    """Whether a job for this address is handed over instead of being driven from here."""
+    return address is not None and (address.startswith(("http://", "https://")) or is_file_address(address))
+
+
 def submit(
     address: str,
     argv: Sequence[str],
@@ -36,41 +57,102 @@ def submit(
     *,
     detach: bool = False,
     submission_id: str,
+    environment: Mapping[str, str] | None = None,
+    accepted: Callable[[str], object] = lambda name: None,
     write: Callable[[str], object] = sys.stdout.write,
 ) -> int:
     """Run `python -m qfarm ARGV...` on the cluster whose job server is at `address`; returns the driver's exit code.
 
     Follows the log until the job ends, or returns 0 at once with `detach`. The job belongs to the cluster: an interrupt
-    here leaves it running. Raises InvalidInput for what cannot be sent or is refused, Unavailable when the connection
-    is lost on the way.
+    here leaves it running. While a job called `submission_id` is at work there another is refused; once it has ended
+    the next is called ID.2, and so on: `accepted` is told. `environment` holds no secrets, for Ray shows it in logs and
+    in its dashboard. Raises InvalidInput for what cannot be sent or is refused, Unavailable when the connection breaks.
     """
     check_upload(working_dir)
-    client = _client(address)
-    _refuse_known(client, address, submission_id)
-    entrypoint = shlex.join(["python", "-m", "qfarm", *_without_address(argv)])
-    try:
-        client.submit_job(
-            entrypoint=entrypoint,
-            submission_id=submission_id,
-            # Unbuffered, since its log is followed from here.
-            runtime_env={"working_dir": str(working_dir), "env_vars": {"PYTHONUNBUFFERED": "1"}},
-        )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise InvalidInput(f"{address}: the job was not accepted: {_last_line(error)}") from None
-    hint = f"ray job logs --address {address} --follow {submission_id}"
-    if detach:
-        write(f"submitted as {submission_id}; follow it with: {hint}\n")
-        return 0
-    try:
-        asyncio.run(_follow(client, submission_id, write))
-        return _exit_code(client, submission_id)
-    except KeyboardInterrupt:
-        write(f"\nthe job goes on; follow it with: {hint}\n")
-        return INTERRUPTED
-    except (RuntimeError, OSError) as error:
-        raise Unavailable(
-            f"{address}: lost the connection ({_last_line(error)}); the job may go on, follow it with: {hint}"
-        ) from None
+    with _job_server(address) as client:
+        name = _free_name(client, address, submission_id)
+        entrypoint = shlex.join(["python", "-m", "qfarm", *_without_address(argv)])
+        try:
+            client.submit_job(
+                entrypoint=entrypoint,
+                submission_id=name,
+                # Unbuffered, since its log is followed from here.
+                runtime_env={
+                    "working_dir": str(working_dir),
+                    "env_vars": {"PYTHONUNBUFFERED": "1", **(environment or {})},
+                },
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            raise InvalidInput(f"{address}: the job was not accepted: {_last_line(error)}") from None
+        accepted(name)
+        hint = _hint(address, name)
+        if detach:
+            write(f"submitted as {name}; {hint}\n")
+            return 0
+        try:
+            asyncio.run(_follow(client, name, write))
+            return _exit_code(client, name)
+        except KeyboardInterrupt:
+            write(f"\nthe job goes on; {hint}\n")
+            return INTERRUPTED
+        except (RuntimeError, OSError) as error:
+            raise Unavailable(
+                f"{address}: lost the connection ({_last_line(error)}); the job may go on; {hint}"
+            ) from None
+
+
+def _hint(address: str, name: str) -> str:
+    logs = f"ray job logs --follow {name}"
+    if is_file_address(address):
+        follow = shlex.join(["ray", "exec", address, logs])
+    else:
+        follow = f"ray job logs --address {address} --follow {name}"
+    return f"look at it with: qfarm status; follow it with: {follow}; end it with: qfarm cancel {name}"
+
+
+def jobs(address: str, name: str | None = None) -> list[Submitted]:
+    """The jobs of qfarm that the server at `address` knows, the latest first; only the one of that name where given."""
+    with _job_server(address) as client:
+        found = [job for job in _known(client, address) if name in (None, job.submission_id)]
+        found.sort(key=lambda job: job.start_time or 0, reverse=True)
+        return [_submitted(client, job) for job in found]
+
+
+def cancel(address: str, name: str) -> Submitted:
+    """End a job: its driver is interrupted, what its workers have finished stays in the store. How it ended.
+
+    Raises InvalidInput when there is no such job, or it has ended before.
+    """
+    with _job_server(address) as client:
+        known = {job.submission_id: job for job in _known(client, address)}
+        if name not in known:
+            have = ", ".join(sorted(known)) or "none"
+            raise InvalidInput(f"{address}: no job {name} there; its jobs: {have}")
+        job = known[name]
+        if job.status.is_terminal():
+            raise InvalidInput(f"{address}: the job {name} has ended already ({job.status.value.lower()})")
+        client.stop_job(name)
+        deadline = time.monotonic() + END_S
+        while not job.status.is_terminal() and time.monotonic() < deadline:
+            time.sleep(0.2)
+            job = client.get_job_info(name)
+        return _submitted(client, job)
+
+
+def _submitted(client: Any, job: Any) -> Submitted:
+    lines = [line for line in client.get_job_logs(job.submission_id).splitlines() if line.strip()]
+    return Submitted(
+        name=job.submission_id,
+        status=job.status.value.lower(),
+        at_work=not job.status.is_terminal(),
+        started=_time(job.start_time),
+        ended=_time(job.end_time),
+        said=(lines or [job.message or ""])[-1].strip(),
+    )
+
+
+def _time(milliseconds: int | None) -> datetime.datetime | None:
+    return datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC) if milliseconds else None
 
 
 def require_shared_store(store: str) -> None:
@@ -82,8 +164,8 @@ def require_shared_store(store: str) -> None:
         check_url(store)
     elif not os.path.isabs(store):
         raise InvalidInput(
-            f'store: "{store}" is relative, and the job does not run on this machine; give s3://BUCKET/PREFIX, or an '
-            "absolute path on a file system that all machines of the cluster share"
+            f'store: "{store}" is relative, and the job does not run on this machine; set QFARM_STORE to s3://BUCKET '
+            "or to the absolute path of a folder that all machines of the cluster share, or give either in the job"
         )
 
 
@@ -144,7 +226,22 @@ def _walk(folder: Path, excludes: list[Any], parents: tuple[str, ...]) -> Iterat
             yield path
 
 
-def _client(address: str) -> Any:
+@contextlib.contextmanager
+def _job_server(address: str) -> Iterator[Any]:
+    """A client of the job server that an address means; that of a launcher's file is reached through its ssh."""
+    if not is_file_address(address):
+        yield _client(address, address)
+        return
+    from qfarm.launcher import tunnel
+
+    # Ray's client uses a token only where it is told to. Through ssh nobody else can hear it.
+    mode = os.environ.get("RAY_AUTH_MODE") or "token"
+    with tunnel(Path(address)) as url, ray_environment({"RAY_AUTH_MODE": mode}):
+        yield _client(url, address)
+
+
+def _client(url: str, address: str) -> Any:
+    """`address` is what the user knows the server by."""
     try:
         import aiohttp  # noqa: F401  # of ray[default], as are requests and the client itself
         import requests
@@ -154,7 +251,7 @@ def _client(address: str) -> Any:
         raise InvalidInput(
             f"{address}: submitting to a cluster needs ray[default]; run: pip install 'qfarm[cluster]'"
         ) from None
-    parts = urllib.parse.urlsplit(address)
+    parts = urllib.parse.urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     unreachable = f"{address}: no Ray job server answers there; is the cluster up and its port reachable?"
     # Without this look, packets that vanish are waited for during minutes.
@@ -163,7 +260,7 @@ def _client(address: str) -> Any:
     try:
         # Ray lets these variables override the address that it is given.
         with process_environment({"RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}):
-            return JobSubmissionClient(address.rstrip("/"))
+            return JobSubmissionClient(url.rstrip("/"))
     except AuthenticationError:
         # Ray's own text runs over several lines; which token and which mode is what helps.
         raise InvalidInput(f"{address}: the cluster refuses our token; {token_line(os.environ)}") from None
@@ -173,18 +270,28 @@ def _client(address: str) -> Any:
         raise InvalidInput(f"{address}: this is no Ray job server: {_last_line(error)}") from None
 
 
-def _refuse_known(client: Any, address: str, submission_id: str) -> None:
-    """Ray answers a used id with a server's traceback."""
+def _known(client: Any, address: str) -> list[Any]:
+    """Jobs that were submitted, not drivers that joined the cluster."""
     try:
-        known = client.get_job_info(submission_id)
-    except RuntimeError as error:
-        if "404" in str(error):
-            return
+        return [job for job in client.list_jobs() if job.submission_id]
+    except (RuntimeError, OSError) as error:
         raise InvalidInput(f"{address}: {_last_line(error)}") from None
-    raise InvalidInput(
-        f"{address}: a job {submission_id} exists already ({known.status.value.lower()}); submit under another name, "
-        f"or follow it with: ray job logs --address {address} --follow {submission_id}"
-    )
+
+
+def _free_name(client: Any, address: str, base: str) -> str:
+    """The name, or the next with a number. Of two who come here at once Ray refuses the second."""
+    taken: dict[int, Any] = {}
+    for job in _known(client, address):
+        match = re.fullmatch(re.escape(base) + r"(?:\.(\d+))?", job.submission_id)
+        if match:
+            taken[int(match[1] or 1)] = job
+    for job in taken.values():
+        if not job.status.is_terminal():
+            raise InvalidInput(
+                f"{address}: this job is at work there already, as {job.submission_id} ({job.status.value.lower()}); "
+                f"{_hint(address, job.submission_id)}"
+            )
+    return f"{base}.{max(taken) + 1}" if taken else base
 
 
 def _without_address(argv: Sequence[str]) -> list[str]:

@@ -62,6 +62,7 @@ COMMANDS: tuple[click.Command, ...] = (
     running.plan,
     running.submit,
     running.status,
+    running.cancel,
     results.report,
     results.show,
     results.compare,

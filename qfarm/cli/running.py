@@ -1,10 +1,13 @@
-"""Running: `plan`, `submit`, `status`."""
+"""Running: `plan`, `submit`, `status`, `cancel`."""
 
 from __future__ import annotations
 
 import datetime
+import functools
+import hashlib
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,22 +18,26 @@ from qfarm.cli.shared import (
     FAILED,
     INTERRUPTED,
     WATCH_SECONDS,
+    Submission,
     color,
     cpu_only_if_asked,
     is_store,
     last_store,
+    last_submission,
     open_store,
     plan_of,
     print_report,
     read_job,
     remember,
+    remember_submission,
     require_terminal,
     store_location,
     width,
 )
-from qfarm.errors import InvalidInput
+from qfarm.errors import InvalidInput, Unavailable
 
 if TYPE_CHECKING:
+    from qfarm import remote
     from qfarm.job import Job
     from qfarm.store import Store
 
@@ -59,13 +66,15 @@ def plan(job: str, data: str | None) -> None:
 @click.command()
 @click.argument("job", type=click.Path())
 @click.option(
-    "--address", metavar="ADDRESS", help="Ray cluster: host:port, or http://head:8265 to submit as a Ray job."
+    "--address",
+    metavar="ADDRESS",
+    help="Ray cluster: host:port, or http://head:8265 or a file for `ray up` to submit as a Ray job.",
 )
 @click.option("--local", is_flag=True, help="Run in this process, without Ray.")
 @click.option(
     "--only", metavar="CELL", help="Run one cell, by id (or its beginning) or by label such as 'gptq w4 g64'."
 )
-@click.option("--detach", is_flag=True, help="With an http address: return once the job is handed over.")
+@click.option("--detach", is_flag=True, help="On a cluster: return once the job is handed over.")
 @click.option(
     "--trace", metavar="FILE", help="Write what each worker did when, for chrome://tracing or ui.perfetto.dev."
 )
@@ -91,14 +100,15 @@ def submit(
     where = "this process, without Ray"
     if not local:
         from qfarm.cluster import find_address
+        from qfarm.remote import is_remote
 
         address, where = find_address(address, os.environ)
-        if address and address.startswith(("http://", "https://")):
+        if address and is_remote(address):
             if trace:
-                raise InvalidInput("--trace is written by the machine that runs the driver; not with an http address")
+                raise InvalidInput("--trace is written by the machine that runs the driver; not for a job handed over")
             raise click.exceptions.Exit(_submit_remotely(checked, job, address, where, only, detach, data))
     if detach:
-        raise InvalidInput("--detach needs an http address")
+        raise InvalidInput("--detach needs an http address or a cluster.yaml")
     from qfarm import depot
 
     depot.location()  # a place that cannot be shared is refused before anything runs
@@ -129,8 +139,10 @@ def _submit_remotely(
     job: Job, path: str, address: str, where: str, only: str | None, detach: bool, data: str | None
 ) -> int:
     from qfarm import remote
+    from qfarm.environment import placed_store
 
-    remote.require_shared_store(job.file.store)
+    store = placed_store(job.file.store)
+    remote.require_shared_store(store)
     arguments = ["submit", remote.path_there(path, Path.cwd(), "copy the job file here, or submit from its folder")]
     if only:
         arguments += ["--only", only]
@@ -138,9 +150,24 @@ def _submit_remotely(
         remedy = "put the data on the cluster and set QFARM_DATA there"
         arguments += ["--data", remote.path_there(data, Path.cwd(), remedy)]
     click.echo(where)
-    # Unique, so that the same job can be submitted again to run what is missing.
-    submission = f"qfarm-{job.file.name}-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}"
-    return remote.submit(address, arguments, Path.cwd(), detach=detach, submission_id=submission)
+    if "HF_TOKEN" in os.environ:
+        click.echo("HF_TOKEN stays here: the cluster uses the token that it was started with")
+    # The same job gets the same name, by which a second one at a time is noticed.
+    content = hashlib.sha256("\0".join([Path(path).read_text(encoding="utf-8"), store, only or ""]).encode())
+    return remote.submit(
+        address,
+        arguments,
+        Path.cwd(),
+        detach=detach,
+        submission_id=f"qfarm-{job.file.name}-{content.hexdigest()[:8]}",
+        environment={"QFARM_STORE": os.environ["QFARM_STORE"]} if "QFARM_STORE" in os.environ else {},
+        accepted=lambda name: remember_submission(Submission(_lasting(address), name, store)),
+    )
+
+
+def _lasting(address: str) -> str:
+    """An address that holds in other folders too."""
+    return address if "://" in address else str(Path(address).resolve())
 
 
 def _submit_here(
@@ -155,9 +182,10 @@ def _submit_here(
 
     location = store_location(job)
     if address:
+        from qfarm.environment import placed_store
         from qfarm.remote import require_shared_store
 
-        require_shared_store(job.file.store)
+        require_shared_store(placed_store(job.file.store))
     if local:
         cpu_only_if_asked(job)
     # Planned before the store is made: a job that cannot run leaves nothing behind.
@@ -204,32 +232,125 @@ def _submit_here(
 
 @click.command()
 @click.argument("store", required=False)
+@click.option("--address", metavar="ADDRESS", help="A cluster's job server: list the jobs that it was handed.")
 @click.option("--watch", is_flag=True, help="On a terminal: follow until no job is at work any more.")
-def status(store: str | None, watch: bool) -> None:
+def status(store: str | None, address: str | None, watch: bool) -> None:
     """Tell what STORE holds by now and which jobs are at work on it, from any terminal that sees it.
 
     A running job writes how far it is into its store; on another machine only the time of its last sign tells whether
-    it lives.
+    it lives. A job that was handed to a cluster is asked for at the cluster.
 
     \b
     Examples:
       qfarm status
       qfarm status results/quickstart --watch
+      qfarm status --address http://head:8265
     """
-    from qfarm.beacon import running
-
-    found = open_store(store or last_store())
-
-    def at_work() -> bool:
-        return any(job.state != "gone" for job in running(found.location))
-
     if watch:
         require_terminal()
-        while at_work():
-            click.clear()
-            click.echo(_status(found), nl=False)
-            time.sleep(WATCH_SECONDS)
-    click.echo(_status(found), nl=False)
+    if address is not None and store is not None:
+        raise InvalidInput("--address lists a cluster's jobs; a STORE is looked at without it")
+    known = last_submission()
+    location = None if address is not None else store or last_store()
+    if address is None and known is not None and known.store == location:
+        look = functools.partial(_status_of_submission, known)
+    elif location is not None:
+        look = functools.partial(_status_of_store, location)
+    else:
+        assert address is not None
+        look = functools.partial(_status_of_cluster, address)
+    text, at_work = look()
+    while watch and at_work:
+        click.clear()
+        click.echo(text, nl=False)
+        time.sleep(WATCH_SECONDS)
+        text, at_work = look()
+    if watch:
+        click.clear()
+    click.echo(text, nl=False)
+
+
+def _status_of_store(location: str) -> tuple[str, bool]:
+    """What to print, and whether a job is at work."""
+    from qfarm.beacon import running
+
+    found = open_store(location)
+    at_work = any(job.state != "gone" for job in running(found.location))
+    return _status(found), at_work
+
+
+def _status_of_submission(submission: Submission) -> tuple[str, bool]:
+    """The job as its cluster sees it, then its store as far as it can be seen from here."""
+    from qfarm import remote
+
+    try:
+        jobs = remote.jobs(submission.address, submission.name)
+        text = _describe(jobs) or f"{submission.address}: knows no job {submission.name} any more\n"
+    except (InvalidInput, Unavailable) as error:
+        jobs, text = [], f"{submission.name}: its cluster does not answer: {error}\n"
+    if is_store(submission.store):
+        text += _status(open_store(submission.store))
+    else:
+        text += f"{submission.store}: no store yet, or none that this machine sees\n"
+    return text, any(job.at_work for job in jobs)
+
+
+def _status_of_cluster(address: str) -> tuple[str, bool]:
+    from qfarm import remote
+
+    checked, _ = find_job_server(address)
+    jobs = remote.jobs(checked)
+    return _describe(jobs) or f"{address}: no job was handed to it\n", any(job.at_work for job in jobs)
+
+
+def _describe(jobs: Sequence[remote.Submitted]) -> str:
+    from qfarm.report.figures import duration, plain
+
+    now = datetime.datetime.now(datetime.UTC)
+    lines = []
+    for job in jobs:
+        since = f" for {duration(((job.ended or now) - job.started).total_seconds())}" if job.started else ""
+        lines += [f"{job.name}: {job.status}{since}", *([f"  {plain(job.said)}"] if job.said else [])]
+    return "".join(f"{line}\n" for line in lines)
+
+
+@click.command()
+@click.argument("submission", required=False)
+@click.option("--address", metavar="ADDRESS", help="The cluster's job server; default: where the last job went.")
+def cancel(submission: str | None, address: str | None) -> None:
+    """End a job that was handed to a cluster: SUBMISSION, or the last one from this machine.
+
+    What its workers have finished is in the store; submitting the job again runs the rest.
+
+    \b
+    Examples:
+      qfarm cancel
+      qfarm cancel qfarm-llama-matrix-1f2e3d4c --address http://head:8265
+    """
+    from qfarm import remote
+
+    known = last_submission()
+    if (submission is None or address is None) and known is None:
+        raise InvalidInput("no job was handed to a cluster from here: give its name and --address")
+    if address is None:
+        assert known is not None
+        address, name = known.address, submission or known.name
+    elif submission is None:
+        raise InvalidInput("with --address, name the job: qfarm status --address ADDRESS lists them")
+    else:
+        (address, _), name = find_job_server(address), submission
+    click.echo(_describe([remote.cancel(address, name)]), nl=False)
+
+
+def find_job_server(given: str) -> tuple[str, str]:
+    """An address that jobs can be handed to, and the line that says where. Raises InvalidInput for another."""
+    from qfarm.cluster import find_address
+    from qfarm.remote import is_remote
+
+    address, where = find_address(given, os.environ)
+    if address is None or not is_remote(address):
+        raise InvalidInput(f"{given}: no job server; give http://HOST:8265 or a file for Ray's cluster launcher")
+    return address, where
 
 
 def _status(store: Store) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -66,7 +67,9 @@ def plan_of(job: Job, store: Store | None, data: str | None, *, provisional: boo
 
 
 def store_location(job: Job) -> str:
-    given = job.file.store
+    from qfarm.environment import placed_store
+
+    given = placed_store(job.file.store)
     return given if "://" in given else str(Path(given).expanduser().resolve())
 
 
@@ -82,12 +85,42 @@ def open_store(location: str, *, create: bool = False) -> Store:
     return Store.open(location, create=create)
 
 
+class Submission(NamedTuple):
+    """A job that was handed to a cluster from this machine."""
+
+    address: str
+    name: str
+    store: str
+
+
 def remember(location: str) -> None:
+    """As the last store."""
+    _remember("last-store", location)
+
+
+def remember_submission(submission: Submission) -> None:
+    """As the last one, and its store as the last store."""
+    remember(submission.store)
+    _remember("last-submission", json.dumps(submission))
+
+
+def last_submission() -> Submission | None:
+    path = cache.find_file("state", "last-submission")
+    if path is None:
+        return None
+    try:
+        address, name, store = json.loads(path.read_text())
+    except ValueError:  # of another version
+        return None
+    return Submission(str(address), str(name), str(store))
+
+
+def _remember(name: str, text: str) -> None:
     def write(part: Path) -> None:
-        part.write_text(location)
+        part.write_text(text)
 
     try:
-        cache.publish_file("state", "last-store", write)
+        cache.publish_file("state", name, write)
     except OSError as error:  # a convenience: `qfarm report` has to be told the store
         logger.warning("%s: this store cannot be remembered: %s", cache.root(), error.strerror)
 
