@@ -59,7 +59,7 @@ def submit(
     submission_id: str,
     environment: Mapping[str, str] | None = None,
     accepted: Callable[[str], object] = lambda name: None,
-    write: Callable[[str], object] = sys.stdout.write,
+    write: Callable[[str], object] | None = None,
 ) -> int:
     """Run `python -m qfarm ARGV...` on the cluster whose job server is at `address`; returns the driver's exit code.
 
@@ -69,6 +69,7 @@ def submit(
     in its dashboard. Raises InvalidInput for what cannot be sent or is refused, Unavailable when the connection breaks.
     """
     check_upload(working_dir)
+    write = write or _print
     with _job_server(address) as client:
         name = _free_name(client, address, submission_id)
         entrypoint = shlex.join(["python", "-m", "qfarm", *_without_address(argv)])
@@ -99,6 +100,12 @@ def submit(
             raise Unavailable(
                 f"{address}: lost the connection ({_last_line(error)}); the job may go on; {hint}"
             ) from None
+
+
+def _print(text: str) -> None:
+    """At once, also into a pipe."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _hint(address: str, name: str) -> str:
@@ -251,6 +258,7 @@ def _client(url: str, address: str) -> Any:
         raise InvalidInput(
             f"{address}: submitting to a cluster needs ray[default]; run: pip install 'qfarm[cluster]'"
         ) from None
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every ignore file and upload
     parts = urllib.parse.urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     unreachable = f"{address}: no Ray job server answers there; is the cluster up and its port reachable?"
