@@ -30,7 +30,7 @@ TINY: dict[str, dict[str, Any]] = {
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's cache, and none inherits a data pack or a cluster by accident."""
     monkeypatch.setenv("QFARM_CACHE", str(tmp_path_factory.mktemp("cache")))
-    for name in ("QFARM_DATA", "RAY_ADDRESS"):
+    for name in ("QFARM_DATA", "QFARM_STORE", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -110,7 +110,7 @@ def error(ran: Ran) -> str:
         ("report bad.yaml", "/bad.yaml: a file, neither a whole pack nor the folder of a store"),
         ("report ftp://bucket/x", "ftp://bucket/x: no object store that is known; give s3:// or gs://"),
         ("submit small.yaml --local --address head:6379", "--local and --address exclude each other"),
-        ("submit small.yaml --local --detach", "--detach needs an http address"),
+        ("submit small.yaml --local --detach", "--detach needs an http address or a cluster.yaml"),
         ("submit small.yaml --address ray://head:10001", "--address ray://head:10001: Ray Client addresses are not"),
         ("submit small.yaml --local --only nonesuch", '"nonesuch" names no cell of this job; cells: '),
         ("submit small.yaml --address head:6379", 'store: "out" is relative, and the job does not run on this machine'),
@@ -452,9 +452,57 @@ def test_a_remote_submission_sends_relative_paths_and_says_where(
     message = error(run("submit", str(job), "--address", "http://h:8265", "--data", "/data"))
     assert message.startswith("/data: outside the current folder")
     assert message.endswith("; put the data on the cluster and set QFARM_DATA there")
+    assert shared.last_submission() is None
     job.write_text(job.read_text().replace("/shared/out", "ftp://bucket/out"))
     assert "no object store that is known" in error(run("submit", str(job), "--address", "http://h:8265"))
     assert len(sent) == 1
+
+
+def test_one_variable_puts_relative_stores_where_a_cluster_can_reach_them(
+    run: Run, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[dict[str, Any]] = []
+
+    def submit(address: str, arguments: list[str], folder: Path, **more: Any) -> int:
+        sent.append(more)
+        more["accepted"](more["submission_id"])
+        return 0
+
+    monkeypatch.setattr(remote, "submit", submit)
+    submitting = ("submit", "small.yaml", "--address", "http://h:8265")
+    assert "set QFARM_STORE to s3://BUCKET or to the absolute path" in error(run(*submitting))
+    monkeypatch.setenv("QFARM_STORE", "shared")
+    assert error(run(*submitting)) == "QFARM_STORE: shared: give s3://BUCKET, gs://BUCKET or an absolute path"
+    monkeypatch.setenv("QFARM_STORE", str(tmp_path / "shared"))
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    ran = run(*submitting)
+    assert ran.code == 0 and "HF_TOKEN stays here" in ran.out
+    assert sent[0]["environment"] == {"QFARM_STORE": str(tmp_path / "shared")} and "secret" not in repr(sent)
+    assert run(*submitting, "--only", "w4").code == 0
+    assert len({more["submission_id"] for more in sent}) == 2  # another job
+    known = shared.last_submission()
+    assert known is not None and known.address == "http://h:8265" and known.store == f"{tmp_path}/shared/out"
+    # The store that a plain `qfarm report` reads, and what a plain `qfarm status` and `cancel` ask.
+    assert shared.last_store() == known.store
+    Store.open(known.store, create=True)
+
+    def jobs(address: str, name: str | None = None) -> list[remote.Submitted]:
+        asked = remote.Submitted(
+            name=str(name), status="running", at_work=True, started=None, ended=None, said="3 of 9 done"
+        )
+        return [asked]
+
+    monkeypatch.setattr(remote, "jobs", jobs)
+    monkeypatch.setattr(remote, "cancel", lambda address, name: jobs(address, name)[0])
+    ran = run("status")
+    assert ran.out.startswith(f"{known.name}: running\n  3 of 9 done\n{known.store}: 0 cells")
+    assert run("status", "--address", "http://h:8265").out.startswith("None: running")
+    assert run("cancel").out.startswith(f"{known.name}: running")
+    assert "no job server; give http://HOST:8265" in error(run("status", "--address", "h:6379"))
+
+
+def test_nothing_to_cancel(run: Run) -> None:
+    assert error(run("cancel")) == "no job was handed to a cluster from here: give its name and --address"
 
 
 # -- imports ----------------------------------------------------------------------------------------------------------

@@ -16,12 +16,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from qfarm import actors, cluster, pool, remote
+from qfarm import actors, cluster, launcher, pool, remote
 from qfarm.actors import Hello, Message
 from qfarm.bench.simulated import simulated_cell
 from qfarm.board import Board, CellWork, Place, one_line
 from qfarm.driver import Settings, Summary, find_address, run, run_local
-from qfarm.errors import Failure, InvalidInput, QfarmError, StoreFull
+from qfarm.errors import Failure, InvalidInput, QfarmError, StoreFull, Unavailable
 from qfarm.events import Event, Failed, Finished, JobEnded, Note, Progressed, Started
 from qfarm.job import Resources
 from qfarm.matrix import Cell
@@ -811,20 +811,105 @@ def test_ray_client_is_refused():
 def test_a_cluster_file_counts_when_its_cluster_runs(monkeypatch, tmp_path: Path):
     path = tmp_path / "cluster.yaml"
     path.write_text("cluster_name: x\n")
-    monkeypatch.setattr(cluster, "running_head", lambda file: "10.0.0.9")
-    assert find_address(None, {}, path) == ("http://10.0.0.9:8265", f"cluster of {path}, head 10.0.0.9")
-    monkeypatch.setattr(cluster, "running_head", lambda file: None)
+    monkeypatch.setattr(launcher, "look_up", lambda file: launcher.Found(head="10.0.0.9"))
+    assert find_address(None, {}, path) == (str(path), f"cluster of {path}, head 10.0.0.9")
+    assert remote.is_remote(str(path))
+    monkeypatch.setattr(launcher, "look_up", lambda file: launcher.Found(head=None, reason="none runs"))
     address, where = find_address(None, {}, path)
-    assert address is None and where.endswith(f"({path} is here but no running cluster was found)")
-    monkeypatch.setattr(cluster, "running_head", pytest.fail)
+    assert address is None and where.endswith(f"(no cluster of {path}: none runs)")
+    monkeypatch.setattr(launcher, "look_up", pytest.fail)
     assert find_address("local", {}, path)[0] is None
+    assert find_address(str(path), {}, NO_YAML) == (str(path), f"cluster at {path}")
 
 
-@pytest.mark.parametrize("text", ["provider: [", "cluster_name: nobody-has-this\nprovider: {type: external}\n"])
-def test_a_cluster_file_that_leads_nowhere_finds_nothing(tmp_path: Path, text: str):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("provider: [", "not a file for Ray's cluster launcher"),
+        ("[]", "not a file for Ray's cluster launcher"),
+        ("cluster_name: nobody-has-this\nprovider: {type: external}\n", "KeyError: 'module'"),
+    ],
+)
+def test_a_cluster_file_that_leads_nowhere_finds_nothing(tmp_path: Path, text: str, reason: str):
     path = tmp_path / "cluster.yaml"
     path.write_text(text)
-    assert cluster.running_head(path) is None
+    found = launcher.look_up(path)
+    assert found.head is None and reason in found.reason
+
+
+def test_a_cloud_that_cannot_be_asked_is_not_waited_for(tmp_path: Path, monkeypatch):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("cluster_name: x\nprovider: {type: aws, region: r}\n")
+    monkeypatch.setattr(launcher.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(launcher.subprocess, "run", pytest.fail)
+    assert launcher.look_up(path) == launcher.Found(head=None, reason="not asked for, boto3 is not installed")
+
+
+def test_a_head_that_cannot_be_reached_is_one_line(tmp_path: Path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("cluster_name: x\nprovider: {type: nonesuch}\n")
+    with pytest.raises(Unavailable, match="yaml: the head cannot be reached: ") as raised, launcher.tunnel(path):
+        pass
+    assert "\n" not in str(raised.value)
+
+
+@dataclasses.dataclass
+class FakeServer:
+    """A job server's client that knows some jobs."""
+
+    known: dict[str, str]
+    stopped: list[str] = dataclasses.field(default_factory=list)
+
+    def list_jobs(self):
+        return [self.get_job_info(name) for name in self.known] + [self._job(None, "RUNNING")]
+
+    def get_job_info(self, name):
+        return self._job(name, self.known[name])
+
+    def _job(self, name, status):
+        from ray.job_submission import JobStatus
+
+        return SimpleNamespace(
+            submission_id=name, status=JobStatus(status), start_time=1000, end_time=None, message="the message"
+        )
+
+    def get_job_logs(self, name):
+        return "first\nlast\n\n"
+
+    def stop_job(self, name):
+        self.stopped.append(name)
+        self.known[name] = "STOPPED"
+        return True
+
+
+@pytest.fixture
+def server(monkeypatch) -> FakeServer:
+    fake = FakeServer({})
+    monkeypatch.setattr(remote, "_client", lambda url, address: fake)
+    return fake
+
+
+def test_a_job_at_work_is_not_submitted_twice_and_later_ones_are_numbered(server: FakeServer):
+    assert remote._free_name(server, "http://h", "qfarm-a") == "qfarm-a"
+    server.known = {"qfarm-a": "FAILED", "qfarm-a.2": "STOPPED", "qfarm-ab": "RUNNING", "qfarm-a.x": "RUNNING"}
+    assert remote._free_name(server, "http://h", "qfarm-a") == "qfarm-a.3"
+    server.known["qfarm-a.3"] = "PENDING"
+    with pytest.raises(InvalidInput, match=r"at work there already, as qfarm-a\.3 \(pending\); look at it with: qfarm"):
+        remote._free_name(server, "http://h", "qfarm-a")
+
+
+def test_what_a_cluster_was_handed_is_listed_and_ended(server: FakeServer):
+    server.known = {"qfarm-a": "RUNNING", "qfarm-b": "SUCCEEDED"}
+    found = {job.name: job for job in remote.jobs("http://h")}
+    assert set(found) == {"qfarm-a", "qfarm-b"} and found["qfarm-a"].at_work and found["qfarm-a"].said == "last"
+    assert [job.name for job in remote.jobs("http://h", "qfarm-b")] == ["qfarm-b"]
+    ended = remote.cancel("http://h", "qfarm-a")
+    assert (ended.status, ended.at_work, server.stopped) == ("stopped", False, ["qfarm-a"])
+    with pytest.raises(InvalidInput, match=r"the job qfarm-a has ended already \(stopped\)"):
+        remote.cancel("http://h", "qfarm-a")
+    with pytest.raises(InvalidInput, match="no job qfarm-c there; its jobs: qfarm-a, qfarm-b"):
+        remote.cancel("http://h", "qfarm-c")
+    assert server.stopped == ["qfarm-a"]
 
 
 @pytest.fixture
@@ -1019,10 +1104,8 @@ def test_a_job_is_submitted_followed_and_refused(head: str, tmp_path: Path):
     lines = client("first", TOKEN)
     assert lines[-1] == "exit code 3"
     assert "arguments ['submit', 'a job.yaml']" in lines and "linked ['file']" in lines
-    [line] = client("first", TOKEN)
-    assert line.startswith(f"refused: {head}: a job first exists already (failed); submit under another name")
-    lines = client("second", TOKEN, detach=True)
-    assert lines[0].startswith("submitted as second; follow it with: ray job logs --address")
+    lines = client("first", TOKEN, detach=True)
+    assert lines[0].startswith("submitted as first.2; look at it with: qfarm status; follow it with: ray job logs")
     assert lines[-1] == "exit code 0"
     [line] = client("third", {"RAY_AUTH_MODE": "disabled"})
     nowhere = "RAY_AUTH_MODE is disabled, the token comes from nowhere"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ S3 = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
-HUB_TOKEN = "hf_never_to_be_stored"
+HUB_TOKEN = f"hf_{secrets.token_hex(16)}"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 

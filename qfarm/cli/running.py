@@ -310,7 +310,10 @@ def _describe(jobs: Sequence[remote.Submitted]) -> str:
     lines = []
     for job in jobs:
         since = f" for {duration(((job.ended or now) - job.started).total_seconds())}" if job.started else ""
-        lines += [f"{job.name}: {job.status}{since}", *([f"  {plain(job.said)}"] if job.said else [])]
+        lines += [
+            f"{job.name}: {job.status}{since}",
+            *([f"  {plain(job.said)}"] if job.said and job.status != "succeeded" else []),
+        ]
     return "".join(f"{line}\n" for line in lines)
 
 
