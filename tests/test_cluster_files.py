@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
+import socket
+import subprocess
+import sys
+import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +174,64 @@ def test_the_entrypoint_for_kubernetes_is_a_command_of_qfarm() -> None:
     words = read(KUBERNETES)["spec"]["entrypoint"].split()
     assert words[:3] == ["python", "-m", "qfarm"] and words[3] in cli.group.commands
     assert (ROOT / words[4]).is_file()
+
+
+@pytest.fixture
+def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """moto's AWS, with the instance profile of docs/cluster.md; a key pair goes into a home of our own."""
+    import boto3
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-west-2",
+        "HOME": str(tmp_path),
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            deadline = time.monotonic() + 300
+            while socket.socket().connect_ex(("127.0.0.1", port)):
+                assert server.poll() is None and time.monotonic() < deadline, "moto does not start"
+                time.sleep(0.1)
+            boto3.client("iam").create_instance_profile(InstanceProfileName="qfarm")
+            yield
+        finally:
+            server.kill()
+
+
+@pytest.mark.slow
+def test_rays_provider_makes_spot_nodes_with_our_profile_on_a_simulated_aws(
+    aws: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names in node_config, which Ray's schema does not know, are botocore's; the image's name is not resolved here."""
+    import boto3
+    import botocore.exceptions
+    from ray.autoscaler._private import commands
+    from ray.autoscaler._private.providers import _get_node_provider
+    from ray.autoscaler.tags import TAG_RAY_NODE_KIND
+
+    monkeypatch.setattr("ray.autoscaler._private.aws.config.time.sleep", lambda seconds: None)
+    image = boto3.client("ec2").describe_images()["Images"][0]["ImageId"]
+    config = read(AWS)
+    for kind in config["available_node_types"].values():
+        kind["node_config"]["ImageId"] = image
+    config = commands._bootstrap_config(config, no_config_cache=True)
+    provider = _get_node_provider(config["provider"], config["cluster_name"])
+    for name, lifecycle in (("head", None), ("gpu", "spot")):
+        node = config["available_node_types"][name]["node_config"]
+        provider.create_node(node, {TAG_RAY_NODE_KIND: name}, 1)
+        found = boto3.client("ec2").describe_instances(Filters=[{"Name": f"tag:{TAG_RAY_NODE_KIND}", "Values": [name]}])
+        [instance] = [one for group in found["Reservations"] for one in group["Instances"]]
+        assert instance.get("InstanceLifecycle") == lifecycle
+        assert instance["InstanceType"] == read(AWS)["available_node_types"][name]["node_config"]["InstanceType"]
+        assert instance["IamInstanceProfile"]["Arn"].endswith("instance-profile/qfarm")
+    node = config["available_node_types"]["gpu"]["node_config"] | {"InstanceMarketOption": {}}
+    with pytest.raises(botocore.exceptions.ParamValidationError, match="InstanceMarketOption"):
+        provider.create_node(node, {TAG_RAY_NODE_KIND: "gpu"}, 1)
