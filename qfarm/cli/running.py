@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from qfarm.job import Job
     from qfarm.store import Store
 
+SENT_ALONG = ("QFARM_STORE", "QFARM_SHARED_CACHE")  # to the driver on a cluster; no secrets
 INVALID_SHOWN = 5  # combinations that cannot be, listed at submission; the plan lists all
 
 
@@ -160,7 +161,7 @@ def _submit_remotely(
         Path.cwd(),
         detach=detach,
         submission_id=f"qfarm-{job.file.name}-{content.hexdigest()[:8]}",
-        environment={"QFARM_STORE": os.environ["QFARM_STORE"]} if "QFARM_STORE" in os.environ else {},
+        environment={name: os.environ[name] for name in SENT_ALONG if name in os.environ},
         accepted=lambda name: remember_submission(Submission(_lasting(address), name, store)),
     )
 
