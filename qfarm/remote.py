@@ -29,6 +29,11 @@ logger = logging.getLogger(__name__)
 
 MAX_UPLOAD_BYTES = 100 * 2**20  # Ray's DASHBOARD_CLIENT_MAX_SIZE, a constant of its job server
 NAMED_FILES = 5  # of the largest, when it is too much
+# Loggers of Ray's that tell of every ignore file and upload.
+TALKATIVE = tuple(
+    f"ray.{name}"
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")
+)
 END_S = 10.0  # for the status to follow the end of the logs
 INTERRUPTED = 130
 
@@ -258,7 +263,6 @@ def _client(url: str, address: str) -> Any:
         raise InvalidInput(
             f"{address}: submitting to a cluster needs ray[default]; run: pip install 'qfarm[cluster]'"
         ) from None
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every ignore file and upload
     parts = urllib.parse.urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     unreachable = f"{address}: no Ray job server answers there; is the cluster up and its port reachable?"
@@ -268,7 +272,10 @@ def _client(url: str, address: str) -> Any:
     try:
         # Ray lets these variables override the address that it is given.
         with process_environment({"RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}):
-            return JobSubmissionClient(url.rstrip("/"))
+            client = JobSubmissionClient(url.rstrip("/"))
+        for name in TALKATIVE:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        return client
     except AuthenticationError:
         # Ray's own text runs over several lines; which token and which mode is what helps.
         raise InvalidInput(f"{address}: the cluster refuses our token; {token_line(os.environ)}") from None
