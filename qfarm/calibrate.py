@@ -81,7 +81,8 @@ def quantize_weights(
     results: list[LayerResult] = []
     for index in range(len(loaded.blocks)):
         report(index, len(loaded.blocks))
-        results += run.block(index)
+        with loaded.opened(index):
+            results += run.block(index)
     report(len(loaded.blocks), len(loaded.blocks))
     return results
 

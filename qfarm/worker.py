@@ -130,6 +130,8 @@ class Session:
         _require_same(f"model {cell.model}", facts.fingerprint, cell.fingerprint)
         _require_same(f"tokenizer of {cell.model}", facts.tokenizer, cell.tokenizer)
         self._loaded = load(facts, cell.dtype, self.device)
+        if self._loaded.not_shared:
+            self.note(self._loaded.not_shared)
         self._key = key
         self._offload_if_needed()
         # Methods may replace the head's weight, but what compares with the baseline needs the original.
