@@ -1,38 +1,42 @@
 """Memory: the most that one cell takes, from shapes alone: what `qfarm plan` estimates and `qfarm bench memory` checks.
 
-    model       every parameter in the model's dtype; on a CPU these are pages of the checkpoint, shared by all workers
-    quantized   the new weights of the decoder's linear layers, kept until the cell ends
+    model       every parameter in the model's dtype; on a CPU these are pages of files, which all workers share
+    quantized   new weights of the decoder's linear layers, kept until the cell ends
     walk        calibration text: what each token is at the current block, and one batch of it passing through
-    statistics  one float32 [n, n] for each input of a block, n wide, and a copy of them being finished
-    solving     the widest inputs' second moments being factored, and the most weights that are solved as one matrix
-    scoring     a batch of windows passing through a block, then chunks of logits of model and baseline
+    statistics  a float32 [n, n] for each input of a block, n wide, and one of them being finished
+    solving     the second moments of an input being factored, or the weights that read it in the column loop
+    scoring     windows passing through a block, then a chunk of logits of the model and of its baseline
 
-    peak        = model + quantized + max(walk + statistics + solving, scoring)
-    peak of one block on the device = the same with one block of `model` and nothing of `quantized`
+    peak      = model + quantized + max(walk + statistics + solving, scoring)
+    private   = the same without `model`: what a worker on a CPU allocates
+    blockwise = tables + two copies of a block + max(...): on a device to which blocks are streamed
 
-Constants are bytes per number that the code of today has alive at once, counted from it; solvers other than GPTQ and
-rounding to nearest, and statistics that are kept for other cells (`statistics: independent`), are not in it.
+The constants are bytes that are alive at once for each number, counted in the code of GPTQ and of rounding to nearest.
+Other solvers may take more; so do statistics that are kept for other cells (`statistics: independent`), which are
+collected only where they fit.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qfarm.models.architecture import architecture_of
+from qfarm.scheme import UNTOUCHED, parse_scheme
 
 if TYPE_CHECKING:
     from qfarm.matrix import Cell
     from qfarm.models.reference import ModelFacts
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-FACTOR_BYTES = 52  # per entry of a Hessian while it is factored: six float64 copies and the float32 sum
-# Per weight while it is solved: float32 of the original, the loop's copy, its codes, values and errors, what rounding
-# to nearest gives, and four more while errors are measured and the result is dequantized.
-WEIGHT_BYTES = 48
-BATCH_TOKENS = 4096  # tokens per forward pass of calibration (qfarm.walk) and at most of evaluations
-LOGITS, LOGIT_BYTES = 1 << 24, 32  # logits of a chunk (qfarm.predictions), and bytes for each while they are compared
+FACTOR_BYTES = 24  # of an entry of a Hessian being factored: two float64 copies, and the factor in float32 twice
+LOOP_BYTES = 36  # of a weight in the column loop: nine float32 copies (original, columns, codes, values, errors, moves)
+WAITING_BYTES = 5  # of a weight while its Hessian is factored: the original in float32, codes of rounding to nearest
+BATCH_TOKENS = {"calibration": 4096, "evaluation": 2048}  # per forward pass (qfarm.walk, qfarm.predictions)
+# Logits of a chunk (qfarm.predictions), and of how many of them float32 copies are made at once (qfarm.divergence).
+LOGITS, COMPARED = {"cpu": 1 << 24, "cuda": 1 << 27}, {"cpu": 1 << 17, "cuda": 1 << 27}
+COMPARED_BYTES = 24  # of each of these: logits and probabilities of both models, and two differences
+SLACK = 1.2  # of what an allocator takes beside (an unpublished value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,63 +67,85 @@ class Needs:
         """Everything on one device."""
         return self.model + self.private
 
+    def on_each(self, gpus: int) -> int:
+        """On each of several devices over which the blocks are spread; on the first are the tables as well."""
+        return self.tables + (self.model - self.tables + self.quantized) // gpus + 2 * self.block + self.working
+
     @property
     def blockwise(self) -> int:
         """On the device when all blocks but the current one are in the host's memory."""
         return self.tables + 2 * self.block + self.working
 
 
-def needs(facts: ModelFacts, cell: Cell, window: int = 0) -> Needs:
-    """What a cell takes at most; `window` is the longest window that its evaluations read, in tokens."""
-    return needs_of(
-        facts.config,
-        facts.linear_shapes,
-        facts.parameters,
-        dtype=cell.dtype,
-        calibration=cell.calibration,
-        quantizes=not cell.is_baseline,
-        window=window,
+def needs(facts: ModelFacts, cell: Cell, *, window: int = 0, device: str = "cpu") -> Needs:
+    """What a cell takes at most; `window` is the longest that its evaluations read, in tokens."""
+    size, hidden = DTYPE_BYTES[cell.dtype], facts.config["hidden_size"]
+    linear, tables = facts.parameters
+    shapes, scheme = facts.linear_shapes, parse_scheme(cell.scheme)
+    blocks = facts.config["num_hidden_layers"]
+    groups = architecture_of(facts.config, facts.reference).shared_inputs
+    counts = {role: rows * columns for role, (rows, columns) in shapes.items()}
+    changed = {role for role in shapes if scheme.weight_bits(role) < UNTOUCHED}
+    quantized = sum(counts[role] for role in changed) * blocks
+    walk = statistics = 0
+    if cell.calibration:
+        tokens, length = cell.calibration["samples"] * cell.calibration["length"], cell.calibration["length"]
+        walk = tokens * hidden * size + _passing(facts, size, max(length, min(tokens, BATCH_TOKENS["calibration"])))
+        squares = [4 * shapes[group[0]][1] ** 2 for group in groups]
+        statistics = sum(squares) + 3 * max(squares)
+    solving = max(
+        (
+            _solving(shapes[group[0]][1] if cell.calibration else 0, sum(counts[role] for role in group))
+            for group in groups
+            if changed.intersection(group)
+        ),
+        default=0,
     )
-
-
-def needs_of(
-    config: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, int]],
-    parameters: tuple[int, int],
-    *,
-    dtype: str,
-    calibration: Mapping[str, Any] | None,
-    quantizes: bool,
-    window: int = 0,
-) -> Needs:
-    """The same from a configuration, (rows, columns) by role, and the parameters of linear layers and of tables."""
-    size, hidden = DTYPE_BYTES[dtype], config["hidden_size"]
-    linear, tables = parameters
-    groups = architecture_of(config, "").shared_inputs
-    widths = [shapes[group[0]][1] for group in groups]
-    walk = statistics = factors = 0
-    if calibration:
-        samples, length = calibration["samples"], calibration["length"]
-        batch = max(length, min(samples * length, BATCH_TOKENS))
-        walk = samples * length * hidden * size + _passing(shapes, hidden, size, batch)
-        statistics = 4 * (sum(n * n for n in widths) + 3 * max(widths) ** 2)
-        factors = FACTOR_BYTES * max(widths) ** 2
-    stacked = max(sum(shapes[role][0] * shapes[role][1] for role in group) for group in groups)
+    logits = max(LOGITS[device], 16 * facts.config["vocab_size"])
     return Needs(
         model=(linear + tables) * size,
-        block=linear // config["num_hidden_layers"] * size,
+        block=linear // blocks * size,
         tables=tables * size,
-        quantized=linear * size if quantizes else 0,
+        quantized=quantized * size,
         walk=walk,
         statistics=statistics,
-        solving=factors + (WEIGHT_BYTES * stacked if quantizes else 0),
-        scoring=_passing(shapes, hidden, size, max(window, BATCH_TOKENS // 2))
-        + LOGIT_BYTES * max(LOGITS, 16 * config["vocab_size"]),
+        solving=solving,
+        scoring=_passing(facts, size, max(window, BATCH_TOKENS["evaluation"]))
+        + 2 * size * logits
+        + COMPARED_BYTES * COMPARED[device],
     )
 
 
-def _passing(shapes: Mapping[str, tuple[int, int]], hidden: int, size: int, tokens: int) -> int:
-    """Bytes of a batch inside a block: every layer's output, the residual stream with norms in float32, and the
-    widest input as statistics see it."""
-    outputs = sum(rows for rows, _ in shapes.values()) + 2 * max(columns for _, columns in shapes.values())
-    return tokens * (outputs * size + 4 * hidden * size + 12 * hidden + 8 * max(columns for _, columns in shapes.values()))
+def _solving(width: int, weights: int) -> int:
+    """Bytes for layers that read one input and are solved as one matrix; width 0: without its second moments."""
+    return max(FACTOR_BYTES * width**2 + WAITING_BYTES * weights, 4 * width**2 + LOOP_BYTES * weights)
+
+
+def _passing(facts: ModelFacts, size: int, tokens: int) -> int:
+    """Bytes of tokens inside a block: every layer's output, the widest once more activated and as float32, the residual
+    stream and a norm in float32."""
+    shapes, hidden = facts.linear_shapes.values(), facts.config["hidden_size"]
+    outputs, widest = sum(rows for rows, _ in shapes), max(columns for _, columns in shapes)
+    return tokens * (size * (outputs + 2 * widest + 4 * hidden) + 8 * (widest + hidden))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arrangement:
+    """Over how many GPUs a model's blocks are spread; streamed: in the host's memory until they are used."""
+
+    gpus: int
+    streamed: bool
+
+
+def arrange(needed: Needs, gpus: int, room: int, *, movable: bool, short: bool = False) -> Arrangement:
+    """Where a cell's model should lie on a worker's GPUs, of which each has `room` bytes.
+
+    On one if it fits, else over all of them, else streamed. `movable`: the cell takes blocks on several devices;
+    `short`: it has run out of memory although smaller batches were tried.
+    """
+    if movable and short:
+        return Arrangement(gpus=1, streamed=True)
+    if not movable or SLACK * needed.peak <= room:
+        return Arrangement(gpus=1, streamed=False)
+    fits = gpus > 1 and SLACK * needed.on_each(gpus) <= room
+    return Arrangement(gpus=gpus, streamed=False) if fits else Arrangement(gpus=1, streamed=True)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from qfarm import worker
 from qfarm.calibrate import quantize_weights
+from qfarm.memory import Arrangement
 from qfarm.models import load as loading
 from qfarm.models import place
 from qfarm.models.load import LoadedModel
-from qfarm.models.place import HOST, spread
+from qfarm.models.place import HOST, Placement, spread
 from qfarm.quantizer import Grid
-from qfarm.recipe import WeightSolver, build_method
-from tests.conftest import TINY, save_tiny
+from qfarm.recipe import WeightSolver, build_method, parse_recipe
+from qfarm.runs import one_device_rule
+from qfarm.scheme import parse_scheme
+from tests.conftest import save_tiny
 from tests.test_models import loaded
+from tests.test_worker import JOB, Farm, make_job
 
 FIRST, SECOND = torch.device("cpu", 0), torch.device("cpu", 1)  # stand-ins for GPUs: not equal to the host
 BLOCKS = 4
@@ -52,9 +57,17 @@ def accounts(monkeypatch: pytest.MonkeyPatch) -> Accounts:
     return found
 
 
-@pytest.fixture(scope="module", params=["llama", "opt"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("place"), request.param, num_hidden_layers=BLOCKS)
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        family: save_tiny(tmp_path_factory.mktemp(family), family, num_hidden_layers=BLOCKS)
+        for family in ("llama", "opt")
+    }
+
+
+@pytest.fixture
+def checkpoint(checkpoints: dict[str, Path]) -> Path:
+    return checkpoints["llama"]
 
 
 def block_bytes(model: LoadedModel) -> int:
@@ -74,12 +87,14 @@ def quantized(model: LoadedModel, method: str = "gptq", **how: object) -> list[T
     return [*states, model.body(ids)]
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
-@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize(
+    ("family", "method", "sequential"),
+    [("llama", "rtn", True), ("llama", "gptq", True), ("llama", "gptq", False), ("opt", "gptq", True)],
+)
 def test_a_streamed_model_has_one_block_on_the_device_and_the_same_numbers(
-    checkpoint: Path, accounts: Accounts, method: str, sequential: bool
+    checkpoints: dict[str, Path], accounts: Accounts, family: str, method: str, sequential: bool
 ) -> None:
-    model = loaded(checkpoint)
+    model = loaded(checkpoints[family])
     plain = quantized(model, method, sequential=sequential)
     assert not torch.equal(plain[0], plain[1])
     model.place([FIRST], streamed=True)
@@ -113,12 +128,22 @@ def test_a_spread_model_has_each_block_on_its_device_and_the_same_numbers(checkp
 def test_what_a_block_is_called_with_is_moved_to_it(checkpoint: Path) -> None:
     """On meta tensors, which know their device and hold no numbers."""
     model = loaded(checkpoint)
-    model.place([FIRST, SECOND])
-    seen: list[set[torch.device]] = []
-    bring = place._bring_to(torch.device("meta"))
-    args, kwargs = bring(model.blocks[0], (torch.ones(2),), {"pair": (torch.ones(1), None), "flag": True, "none": None})
-    seen = [args[0].device.type, kwargs["pair"][0].device.type, kwargs["pair"][1], kwargs["flag"], kwargs["none"]]
-    assert seen == ["meta", "meta", None, True, None]
+    places: list[torch.device] = []
+    given: dict[str, object] = {}
+
+    class Recorder(torch.nn.Module):
+        def forward(self, hidden: Tensor, **keywords: object) -> Tensor:
+            places.append(hidden.device)
+            given.update(keywords)
+            return hidden
+
+    recorder = Recorder()
+    devices = [torch.device("meta")]
+    Placement([recorder], torch.nn.Identity(), model.on_host, devices=devices, streamed=False)
+    recorder(torch.ones(2), pair=(torch.ones(1), None), flag=True)
+    assert places == devices and given["flag"] is True
+    first, second = given["pair"]  # type: ignore[misc]
+    assert first.device == devices[0] and second is None
 
 
 def test_a_model_that_was_placed_can_be_placed_again(checkpoint: Path, accounts: Accounts) -> None:
@@ -147,8 +172,50 @@ def test_originals_that_leave_a_device_come_back(checkpoint: Path, accounts: Acc
     assert all(torch.equal(*pair) for pair in zip(plain, quantized(model), strict=True))
 
 
-@pytest.mark.parametrize(("blocks", "devices", "runs"), [(4, 2, [2, 2]), (5, 2, [3, 2]), (7, 3, [3, 2, 2]), (2, 3, [1, 1])])
+@pytest.mark.parametrize(
+    ("blocks", "devices", "runs"), [(4, 2, [2, 2]), (5, 2, [3, 2]), (7, 3, [3, 2, 2]), (2, 3, [1, 1])]
+)
 def test_blocks_are_spread_in_runs(blocks: int, devices: int, runs: list[int]) -> None:
     homes = spread(blocks, [torch.device("cpu", index) for index in range(devices)])
     assert list(homes) == sorted(homes, key=lambda device: device.index)
     assert [homes.count(device) for device in dict.fromkeys(homes)] == runs
+
+
+@pytest.mark.parametrize(
+    ("arrangement", "note"),
+    [
+        (Arrangement(gpus=1, streamed=True), "blocks streamed from the host's memory"),
+        (Arrangement(gpus=2, streamed=False), "blocks spread over 2 GPUs"),
+    ],
+)
+def test_a_cell_has_the_same_rows_wherever_its_model_lies(
+    tiny: Path,
+    tmp_path: Path,
+    accounts: Accounts,
+    monkeypatch: pytest.MonkeyPatch,
+    arrangement: Arrangement,
+    note: str,
+) -> None:
+    job = make_job(tiny, JOB.replace("windows: 30", "windows: 3").replace("[w3, w4/8]", "[w3]"))
+    plain, placed = Farm(tmp_path / "plain", job), Farm(tmp_path / "placed", job)
+    monkeypatch.setattr(placed.session, "rooms", lambda: {FIRST: 1, SECOND: 1})
+    monkeypatch.setattr(worker, "arrange", lambda *_, **__: arrangement)
+    for index in (0, 2):
+        assert plain.run(index).failure is placed.run(index).failure is None
+    rows = [
+        sorted((row["cell_id"], row["metric"], row["value"]) for row in farm.table("metrics"))
+        for farm in (plain, placed)
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) > 4
+    notes = [json.loads(row["notes"]) for row in placed.table("attempts")]
+    assert all(any(note in one for one in own) for own in notes)
+    assert accounts.peak[SECOND if arrangement.gpus == 2 else FIRST] > 0
+
+
+def test_what_needs_the_whole_model_in_one_place_is_left_there() -> None:
+    def rule(recipe: str, scheme: str) -> str | None:
+        return one_device_rule(parse_recipe(recipe), parse_scheme(scheme))
+
+    assert rule("gptq", "w4") is None and rule("gptq+qera", "w4/8") is None
+    assert "only methods of weights" in str(rule("smoothquant+gptq", "w4"))
+    assert "only schemes" in str(rule("gptq", "w8a8")) and "only schemes" in str(rule("rtn", "kv4"))

@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qfarm.errors import QfarmError
+from qfarm import environment
+from qfarm.errors import InvalidInput, QfarmError
 
+METHODS = ("gptq", "rtn")  # whose memory qfarm.memory counts
 LOOK_S = 0.01  # between two looks at the process's memory
 PROCESS_BYTES = 256 << 20  # libraries that a cell imports on its way, kernels and buffers of torch (an allowance)
 VOCABULARY = 32_000
@@ -49,17 +51,25 @@ class Report:
     private: int  # peak of what was allocated
     resident: int  # peak with pages of files
     needs: dict[str, int]  # by part, see qfarm.memory
+    allowance: int  # for what the process takes beside the cell's tensors
     bound: int
     seconds: float
     stages: dict[str, float]  # seconds by stage
 
     @property
+    def resident_bound(self) -> int:
+        """With every page of the model's files."""
+        return self.bound + self.model
+
+    @property
     def missed(self) -> bool:
-        return self.private > self.bound or self.resident > self.bound + self.model
+        return self.private > self.bound or self.resident > self.resident_bound
 
 
 def run(settings: Settings, say: Callable[[str], None]) -> Report:
-    """Make the model, run the cell, compare. Raises QfarmError when the cell fails."""
+    """Make the model, run the cell, compare. Raises QfarmError when the cell fails, InvalidInput beside Linux."""
+    if environment.allocated_host_bytes() is None:
+        raise InvalidInput("bench memory: this system does not tell what a process has allocated (RssAnon of Linux)")
     if settings.folder is not None:
         return _measured(settings, Path(settings.folder), say)
     with tempfile.TemporaryDirectory(prefix="qfarm-bench-") as folder:
@@ -172,6 +182,7 @@ def _watched(settings: Settings, checkpoint: Path, scratch: Path) -> Report:
         private=private,
         resident=max(resident, found["peak_host_bytes"] or 0),
         needs=parts,
+        allowance=PROCESS_BYTES,
         bound=found["before"] + PROCESS_BYTES + found["private"],
         seconds=time.perf_counter() - started,
         stages=found["stages"],

@@ -27,7 +27,7 @@ def main(job_path: str, location: str) -> int:
     plan = make_plan(load_job(job_path), store, None)
     planned = next(one for one in plan.cells if not one.cell.is_baseline)
     facts = resolve(planned.cell.model)
-    found = needs(facts, planned.cell, plan.job.evaluations[0].window)
+    found = needs(facts, planned.cell, window=plan.job.evaluations[0].window)
     session = Session(None)
     allocated: list[int | None] = []
 

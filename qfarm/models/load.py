@@ -45,6 +45,7 @@ class LoadedModel:
         self.offload = False  # originals of replaced linear weights leave the device
         self.not_shared: str | None = None  # why other workers of this machine cannot share these weights in memory
         self.placement: Placement | None = None  # None: everything lies on one device
+        self._first = HOST  # that device, or the one of embeddings and head
         # Parameters as they were loaded, into the host's memory, with their values there.
         self._on_host = {id(p): (p, p.data) for p in model.parameters()}
         self._parameters: int = sum(p.numel() for p in model.parameters())
@@ -134,7 +135,7 @@ class LoadedModel:
         if (module, name) not in self._replaced:
             streamed = self.placement is not None and self.placement.streamed  # which keeps originals on the host
             if self.offload and not streamed and isinstance(module, nn.Linear) and module is not self.head:
-                self.on_restore(functools.partial(self._bring_back, module, name, original, original.device))
+                self.on_restore(functools.partial(self._bring_back, module, name, original, self._home(original)))
                 original.data = self.on_host(original)
             else:
                 self.on_restore(functools.partial(setattr, module, name, original))
@@ -145,20 +146,26 @@ class LoadedModel:
         original.data = put(original.data, device)
         setattr(module, name, original)
 
+    def _home(self, parameter: nn.Parameter) -> torch.device:
+        """The device to which the parameter belongs."""
+        found = (index for index, block in enumerate(self.blocks) if any(p is parameter for p in block.parameters()))
+        index = next(found, None)
+        return self._first if index is None else self.block_device(index)
+
     def on_host(self, parameter: nn.Parameter) -> Tensor:
         """The parameter's values in the host's memory: the files' own pages, where it is as it was loaded."""
         known = self._on_host.get(id(parameter))
         return known[1] if known is not None and known[0] is parameter else put(parameter.data, HOST)
 
     def place(self, devices: Sequence[torch.device], *, streamed: bool = False) -> None:
-        """Move the original model: to one device, its blocks over several, or streamed: in the host's memory until used.
+        """Move the original model: to one device, its blocks over several, or streamed from the host's memory.
 
         One tensor at a time, from the host's memory. Nothing may be replaced at the time.
         """
         assert not self._undo, "the model is restored before it is moved"
         if self.placement is not None:
             self.placement.remove()
-        self.placement = None
+        self.placement, self._first = None, devices[0]
         inside = {id(tensor) for block in self.blocks for tensor in (*block.parameters(), *block.buffers())}
         everything = [*self.model.parameters(), *self.model.buffers()]
         move((tensor for tensor in everything if id(tensor) not in inside), devices[0])
@@ -170,7 +177,7 @@ class LoadedModel:
 
     def block_device(self, index: int) -> torch.device:
         """Where the block computes."""
-        return self.device if self.placement is None else self.placement.devices[index]
+        return self._first if self.placement is None else self.placement.devices[index]
 
     def opened(self, index: int) -> contextlib.AbstractContextManager[None]:
         """The block's weights are on its device inside, wherever the model keeps them."""

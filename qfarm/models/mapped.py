@@ -45,7 +45,9 @@ def in_dtype(facts: ModelFacts, dtype: torch.dtype) -> tuple[str, str | None, st
     key = hashlib.sha256(f"{facts.fingerprint} {dtype}".encode()).hexdigest()
     free = _free_bytes(cache.root() / CONVERTED / key)
     if free is not None and free < 2 * size:
-        need = f"{2 * size >> 20} MiB are wanted for weights in {str(dtype).removeprefix('torch.')}, {free >> 20} are free"
+        need = (
+            f"{2 * size >> 20} MiB are wanted for weights in {str(dtype).removeprefix('torch.')}, {free >> 20} are free"
+        )
         return facts.location, facts.revision, f"the model is not shared with other workers: {cache.root()}: {need}"
     folder = cache.entry(CONVERTED, key, lambda part: _convert(facts, files, part, dtype))
     return str(folder), None, None
