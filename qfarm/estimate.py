@@ -117,7 +117,8 @@ def gpu_share(expected: Estimate, gpus: float, gpu_memory: float | None, *, spre
     """
     if gpu_memory is None or not gpus:
         return gpus
-    for share in sorted({*FRACTIONS, *range(1, int(gpus) + 1), gpus}):
+    shares: set[float] = {*FRACTIONS, *range(1, int(gpus) + 1), gpus}
+    for share in sorted(shares):
         parts = max(1, int(share))
         if share > gpus or (parts > 1 and not spreads):
             continue

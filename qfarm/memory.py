@@ -124,7 +124,8 @@ def _solving(width: int, weights: int) -> int:
 def _passing(facts: ModelFacts, size: int, tokens: int) -> int:
     """Bytes of tokens inside a block: every layer's output, the widest once more activated and as float32, the residual
     stream and a norm in float32."""
-    shapes, hidden = facts.linear_shapes.values(), facts.config["hidden_size"]
+    shapes = facts.linear_shapes.values()
+    hidden: int = facts.config["hidden_size"]
     outputs, widest = sum(rows for rows, _ in shapes), max(columns for _, columns in shapes)
     return tokens * (size * (outputs + 2 * widest + 4 * hidden) + 8 * (widest + hidden))
 

@@ -35,7 +35,7 @@ def run_cli(*arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
-@pytest.mark.parametrize("parameters", [3e7, 1e8, 3e9, 8e9])
+@pytest.mark.parametrize("parameters", [1e8, 3e9, 8e9])
 def test_a_model_has_about_as_many_parameters_as_asked(parameters: float) -> None:
     config = {"model_type": "llama", **bench.shape(parameters)}
     assert sum(parameter_counts(config, "bench")) == pytest.approx(parameters, rel=0.12)
@@ -58,10 +58,10 @@ def test_a_method_without_a_bound_is_refused(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.slow
 def test_a_cell_stays_below_its_bound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--parameters", "3e7", "--samples", "1", "--length", "128", "--windows", "1"]
+    sizes = ["--parameters", "5e7", "--samples", "1", "--length", "128", "--windows", "1"]
     assert run_cli(*sizes, "--folder", str(tmp_path), "--format", "json") == 0
     found = json.loads(capsys.readouterr().out)
-    config = bench.shape(3e7)
+    config = bench.shape(5e7)
     norms = config["hidden_size"] * (2 * config["num_hidden_layers"] + 1)  # which the arithmetic leaves out
     assert found["model"] == 2 * (found["parameters"] - norms)
     # The model costs the process next to nothing until weights are replaced.

@@ -22,7 +22,7 @@ from qfarm import environment
 from qfarm.errors import InvalidInput, QfarmError
 
 METHODS = ("gptq", "rtn")  # whose memory qfarm.memory counts
-LOOK_S = 0.01  # between two looks at the process's memory
+LOOK_S = 0.05  # between two looks at the process's memory
 PROCESS_BYTES = 256 << 20  # libraries that a cell imports on its way, kernels and buffers of torch (an allowance)
 VOCABULARY = 32_000
 BLOCKS = 50  # hidden size over the number of blocks, about as Llamas have it

@@ -235,7 +235,7 @@ def bench_farm(style: str, parts: str, store: str | None, chaos_seeds: str, **se
 
 
 @bench_group.command("memory")
-@click.option("--parameters", type=click.FloatRange(1e7), default=3e9, show_default=True, help="Of the model, about.")
+@click.option("--parameters", type=click.FloatRange(5e7), default=3e9, show_default=True, help="Of the model, about.")
 @click.option("--method", default="gptq", show_default=True, help="gptq or rtn, whose memory the bound counts.")
 @click.option("--samples", type=click.IntRange(1), default=2, show_default=True, help="Calibration windows.")
 @click.option("--length", type=click.IntRange(16), default=512, show_default=True, help="Tokens per window.")
