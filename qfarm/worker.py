@@ -73,6 +73,7 @@ class Session:
         self._loaded: LoadedModel | None = None
         self._arranged: Arrangement | None = None  # where the loaded model lies; None: nowhere in particular
         self._facts: dict[str, ModelFacts] = {}
+        self._model: ModelFacts | None = None  # of the loaded model
         self._windows: dict[tuple[Any, ...], Any] = {}
         self._shared: dict[str, SharedStatistics] = {}  # by what they depend on; the latest used stands last
         self._observed = KeptObservations()
@@ -132,7 +133,7 @@ class Session:
         facts = self._facts[cell.model]
         _require_same(f"model {cell.model}", facts.fingerprint, cell.fingerprint)
         _require_same(f"tokenizer of {cell.model}", facts.tokenizer, cell.tokenizer)
-        self._loaded, self._arranged = load(facts, cell.dtype, HOST), None
+        self._loaded, self._model, self._arranged = load(facts, cell.dtype, HOST), facts, None
         if self._loaded.not_shared:
             self.note(self._loaded.not_shared)
         self._key = key
@@ -154,7 +155,8 @@ class Session:
         arranged = Arrangement(gpus=1, streamed=False)
         if rooms:
             rule = one_device_rule(Recipe.from_specs(self.cell.methods), parse_scheme(self.cell.scheme))
-            needed = needs(self._facts[self.cell.model], self.cell, device=self.device.type)
+            assert self._model is not None
+            needed = needs(self._model, self.cell, device=self.device.type)
             arranged = arrange(needed, len(rooms), min(rooms.values()), movable=rule is None, short=short)
         if arranged != self._arranged:
             self._arranged = None

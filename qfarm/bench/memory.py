@@ -110,8 +110,9 @@ def write_checkpoint(folder: Path, config: dict[str, Any]) -> None:
     """A random bfloat16 checkpoint with a tokenizer of bytes; a block in memory at a time."""
     import torch
     from safetensors.torch import save_file
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import LlamaConfig
+
+    from qfarm.bench.random_model import save_byte_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
@@ -137,10 +138,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any]) -> None:
         block |= {f"{norm}.weight": ones.clone() for norm in ("input_layernorm", "post_attention_layernorm")}
         save(f"block-{index}.safetensors", {f"model.layers.{index}.{name}": values for name, values in block.items()})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)} | {"<s>": 256, "</s>": 257}, merges=[]))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    save_byte_tokenizer(folder)
     # Last, since it marks a checkpoint that is whole.
     LlamaConfig(**config, architectures=["LlamaForCausalLM"], dtype="bfloat16").save_pretrained(folder)
 
