@@ -154,7 +154,7 @@ def render_memory(report: memory.Report, width: int, color: bool = False) -> str
     table.add_row("before loading", _mebibytes(report.before), "")
     table.add_row("with the model loaded", _mebibytes(report.loaded), "")
     table.add_row("peak, allocated", _mebibytes(report.private), _mebibytes(report.bound))
-    table.add_row("peak with pages of files", _mebibytes(report.resident), _mebibytes(report.resident_bound))
+    table.add_row("peak with pages of files", _mebibytes(report.resident), "")
     settings, parts = report.settings, report.needs
     what = (
         f"random Llama of {report.parameters:,} parameters in bfloat16, {settings.method} w4 g128, calibration "
