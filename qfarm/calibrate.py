@@ -81,7 +81,8 @@ def quantize_weights(
     results: list[LayerResult] = []
     for index in range(len(loaded.blocks)):
         report(index, len(loaded.blocks))
-        results += run.block(index)
+        with loaded.opened(index):
+            results += run.block(index)
     report(len(loaded.blocks), len(loaded.blocks))
     return results
 
@@ -197,7 +198,7 @@ class _Run:
             block=self.loaded.blocks[index],
             linears={role: linears[role] for role in grids},
             grids=grids,
-            inputs=torch.cat(self.walk.hidden),
+            inputs=torch.cat(self.walk.hidden).to(self.loaded.block_device(index)),
             targets=torch.cat(targets),
             keywords={key: for_any_batch(value, samples) for key, value in self.walk.keywords[0][index].items()},
             seed=self.seed * 100_003 + index,

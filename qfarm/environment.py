@@ -120,6 +120,11 @@ def resident_host_bytes() -> int | None:
     return _kibibytes("/proc/self/status", "VmRSS:")
 
 
+def allocated_host_bytes() -> int | None:
+    """Of that, what this process has allocated or changed: pages of files are not in it; None where it is not known."""
+    return _kibibytes("/proc/self/status", "RssAnon:")
+
+
 def available_host_bytes() -> int | None:
     """Memory of this machine that can be had without swapping; None where it is not known."""
     return _kibibytes("/proc/meminfo", "MemAvailable:")

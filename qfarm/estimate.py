@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qfarm.job import Job
 from qfarm.matrix import Cell
+from qfarm.memory import SLACK, needs
 from qfarm.models.reference import ModelFacts
 from qfarm.scheme import parse_scheme
 
@@ -24,19 +25,18 @@ if TYPE_CHECKING:
     from qfarm.store import Store
 
 ASSUMED_GPU_RATE = 1.5e14  # operations per second of one GPU, about half of an A100's dense bfloat16 rate
-FACTOR_BYTES = 52  # per entry of a Hessian while it is factored: six float64 copies and the float32 sum
 # Of one GPU, that cells may share. A context and the allocator's slack are assumed to take as much beside.
 FRACTIONS = (0.125, 0.25, 0.5)
-CONTEXT_BYTES, SLACK = 1.5e9, 1.2
+CONTEXT_BYTES = 1.5e9
 RATES = ("assumed rate", "measured rate")
 RECENT = 200  # attempts that the arithmetic is corrected by
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
     seconds: float
     device_bytes: int
+    working_bytes: int = 0  # of these, what each of several GPUs needs beside its share of the weights
     source: str  # "store", "measured rate", "assumed rate", each rate also with ", corrected"
 
 
@@ -109,15 +109,24 @@ def history(store: Store | None, *, gpu: bool = False) -> History:
     )
 
 
-def gpu_share(device_bytes: int, gpus: float, gpu_memory: float | None) -> float | None:
-    """GPUs of a worker for a cell: the smallest fraction in which it fits, None when `gpus` are too few for it.
+def gpu_share(expected: Estimate, gpus: float, gpu_memory: float | None, *, spreads: bool = True) -> float | None:
+    """GPUs of a worker for a cell: the smallest fraction or the fewest in which it fits, None when `gpus` are too few.
 
-    `gpu_memory` is in GB of one GPU; without it every worker has `gpus`.
+    `gpu_memory` is in GB of one GPU; without it every worker has `gpus`. `spreads`: the model's blocks can lie on
+    several GPUs.
     """
     if gpu_memory is None or not gpus:
         return gpus
-    need = (device_bytes * SLACK + CONTEXT_BYTES) / (gpu_memory * 1e9)
-    return next((share for share in (*FRACTIONS, gpus) if need <= share <= gpus), None)
+    shares: set[float] = {*FRACTIONS, *range(1, int(gpus) + 1), gpus}
+    for share in sorted(shares):
+        parts = max(1, int(share))
+        if share > gpus or (parts > 1 and not spreads):
+            continue
+        weights = expected.device_bytes - expected.working_bytes
+        need = (weights / parts + expected.working_bytes) * SLACK + CONTEXT_BYTES
+        if need <= min(share, 1) * gpu_memory * 1e9:
+            return share
+    return None
 
 
 def estimate(
@@ -130,26 +139,25 @@ def estimate(
 ) -> Estimate:
     """Seconds and device memory of one cell with these evaluations (by eval_id) still to run."""
     linear, tables = facts.parameters
-    size = DTYPE_BYTES[cell.dtype]
-    hidden = facts.config["hidden_size"]
     shapes = facts.linear_shapes.values()
     layers = facts.config["num_hidden_layers"]
+    window = max((evaluator.window or 0 for evaluator in evaluators.values()), default=0)
+    device = "cuda" if job.file.resources.gpus else "cpu"
+    needed = needs(facts, cell, window=window, device=device)
     operations = sum(2.0 * evaluator.tokens() * (linear + tables) for evaluator in evaluators.values())
-    # Originals are kept beside the quantized weights so that the next cell starts from them.
-    memory = (linear * (1 if cell.is_baseline else 2) + tables) * size
     if cell.calibration:
         tokens = cell.calibration["samples"] * cell.calibration["length"]
         operations += 4.0 * tokens * linear
         operations += layers * sum(2.0 * tokens * n * n for n in {n for _, n in shapes})
-        memory += tokens * hidden * size + FACTOR_BYTES * max(n for _, n in shapes) ** 2
     if "weight" in parse_scheme(cell.scheme).sites and cell.calibration:
         operations += layers * sum(2.0 * m * n * n for m, n in shapes)
     same = work(vars(cell), evaluators)
-    device_bytes = past.bytes.get(same, int(memory))
+    memory = {"device_bytes": past.bytes.get(same, needed.peak), "working_bytes": needed.working}
+    memory["working_bytes"] = min(memory.values())
     known = past.seconds.get(same)
     if known is not None:
-        return Estimate(seconds=known, device_bytes=device_bytes, source="store")
+        return Estimate(seconds=known, source="store", **memory)
     seconds, correction = operations / rate[0], past.correction(cell.fingerprint)
     if correction is None:
-        return Estimate(seconds=seconds, device_bytes=device_bytes, source=rate[1])
-    return Estimate(seconds=seconds * correction, device_bytes=device_bytes, source=f"{rate[1]}, corrected")
+        return Estimate(seconds=seconds, source=rate[1], **memory)
+    return Estimate(seconds=seconds * correction, source=f"{rate[1]}, corrected", **memory)

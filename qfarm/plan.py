@@ -14,7 +14,7 @@ from qfarm.job import Job, Resources
 from qfarm.matrix import Cell, Invalid, canonical_hash, expand
 from qfarm.models.reference import PROVISIONAL, ModelFacts, resolve
 from qfarm.recipe import Recipe, Stage, build_method, solves_blocks
-from qfarm.runs import Run, packed_refusal
+from qfarm.runs import Run, one_device_rule, packed_refusal
 from qfarm.scheme import parse_scheme
 from qfarm.store import Store
 from qfarm.text import Part, text_hash
@@ -161,11 +161,13 @@ def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisio
         to_run = () if hopeless else lacking
         missing = {spec.eval_id: wanted[spec.eval_id][1] for spec in to_run}
         expected = estimate(job, cell, facts(cell.model), missing, past, rate)
-        share = gpu_share(expected.device_bytes, resources.gpus, resources.gpu_memory)
+        alone = one_device_rule(Recipe.from_specs(cell.methods), parse_scheme(cell.scheme))
+        share = gpu_share(expected, resources.gpus, resources.gpu_memory, spreads=alone is None)
         if share is None and missing:
-            rule = (
-                f"needs about {expected.device_bytes / 1e9:.0f} GB, more than the {resources.gpus:g} GPU(s) of a worker"
-            )
+            most = f"the {resources.gpus:g} GPU(s) of a worker"
+            rule = f"needs about {expected.device_bytes / 1e9:.0f} GB, more than {most}"
+            if alone is not None and resources.gpus > 1:
+                rule = f"needs about {expected.device_bytes / 1e9:.0f} GB, more than one GPU, and {alone}"
             too_large.append(Invalid(model=cell.model, label=cell.label, rule=rule))
             continue
         share = resources.gpus if share is None else share

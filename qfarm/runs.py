@@ -49,3 +49,12 @@ def packed_refusal(recipe: Recipe, scheme: Scheme) -> str | None:
         if reason:
             return f"{method.name}: {reason}"
     return None
+
+
+def one_device_rule(recipe: Recipe, scheme: Scheme) -> str | None:
+    """Why a cell's model has to lie on one device as a whole, or None where its blocks may be spread or streamed."""
+    if recipe.transforms or recipe.site_methods:
+        return "only methods of weights take a model's blocks from several places"
+    if set(scheme.sites) - {"weight"}:
+        return "only schemes that leave inputs and KV cache at 16 bits take a model's blocks from several places"
+    return None

@@ -45,12 +45,13 @@ class SharedStatistics:
         self._blocks: list[dict[Group, InputStatistics]] = []
 
     def block(self, index: int, groups: Sequence[Group], wanted: frozenset[Statistic]) -> dict[Group, InputStatistics]:
-        """The wanted statistics of a block's inputs, on the model's device. Solvers must not change them."""
+        """The wanted statistics of a block's inputs, on the block's device. Solvers must not change them."""
         assert wanted <= self.wanted
         assert index <= len(self._blocks), "blocks are visited in order"
         if index == len(self._blocks):
             self._blocks.append(self._collect(index))
-        return {group: _only(self._blocks[index][group], wanted, self._loaded.device) for group in groups}
+        device = self._loaded.block_device(index)
+        return {group: _only(self._blocks[index][group], wanted, device) for group in groups}
 
     def _collect(self, index: int) -> dict[Group, InputStatistics]:
         assert self._walk is not None

@@ -30,14 +30,16 @@ from qfarm.layers.products import refuse_device
 from qfarm.layers.sites import Observed
 from qfarm.layers.twin import twin_blocks
 from qfarm.matrix import Cell, canonical_hash
+from qfarm.memory import Arrangement, arrange, needs
 from qfarm.models.load import DTYPES, LoadedModel, load
+from qfarm.models.place import HOST
 from qfarm.models.reference import ModelFacts, resolve
 from qfarm.plan import EvaluationSpec, Outcome, Task, statistics_key
 from qfarm.quantized import QuantizedWeight
 from qfarm.quantizer import Grid
 from qfarm.recipe import Method, Recipe, WeightSolver, build_method
 from qfarm.record import AnalysisRow, AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow, utc_now
-from qfarm.runs import run_of
+from qfarm.runs import one_device_rule, run_of
 from qfarm.scheme import UNTOUCHED, Scheme, parse_scheme
 from qfarm.shared import KeptObservations, SharedStatistics, fits, needed_bytes, spare_bytes
 from qfarm.store import Store
@@ -69,7 +71,9 @@ class Session:
         self._peak = 0  # of this attempt's host memory before it was measured anew
         self._key: tuple[str, str, str] | None = None  # fingerprint, tokenizer and dtype of the loaded model
         self._loaded: LoadedModel | None = None
+        self._arranged: Arrangement | None = None  # where the loaded model lies; None: nowhere in particular
         self._facts: dict[str, ModelFacts] = {}
+        self._model: ModelFacts | None = None  # of the loaded model
         self._windows: dict[tuple[Any, ...], Any] = {}
         self._shared: dict[str, SharedStatistics] = {}  # by what they depend on; the latest used stands last
         self._observed = KeptObservations()
@@ -120,7 +124,7 @@ class Session:
         key = (cell.fingerprint, cell.tokenizer, cell.dtype)
         if self._key == key:
             self.loaded.restore()
-            self._offload_if_needed()
+            self._arrange()
             return
         self._key, self._loaded, self._windows, self._shared = None, None, {}, {}
         self._observed = KeptObservations()
@@ -129,18 +133,49 @@ class Session:
         facts = self._facts[cell.model]
         _require_same(f"model {cell.model}", facts.fingerprint, cell.fingerprint)
         _require_same(f"tokenizer of {cell.model}", facts.tokenizer, cell.tokenizer)
-        self._loaded = load(facts, cell.dtype, self.device)
+        self._loaded, self._model, self._arranged = load(facts, cell.dtype, HOST), facts, None
+        if self._loaded.not_shared:
+            self.note(self._loaded.not_shared)
         self._key = key
-        self._offload_if_needed()
+        self._arrange()
         # Methods may replace the head's weight, but what compares with the baseline needs the original.
         self._head = (self._loaded.head.weight, self._loaded.head.bias)
 
-    def _offload_if_needed(self) -> None:
-        """Smaller batches were not enough: what only the next cell needs leaves the device."""
-        self.loaded.offload = self.shrink >= OFFLOAD_AFTER and self.device.type != "cpu"
-        if self.loaded.offload:
+    def _arrange(self) -> None:
+        """Put the original model where this cell takes it: on the device, over several, or streamed block by block.
+
+        Where smaller batches were not enough, what only the next cell needs leaves the device.
+        """
+        short = self.shrink >= OFFLOAD_AFTER and self.device.type != "cpu"
+        self.loaded.offload = short
+        if short:
             self._shared, self._observed = {}, KeptObservations()
             self.note("original weights kept in the host's memory after running out of the device's")
+        rooms = self.rooms()
+        arranged = Arrangement(gpus=1, streamed=False)
+        if rooms:
+            rule = one_device_rule(Recipe.from_specs(self.cell.methods), parse_scheme(self.cell.scheme))
+            assert self._model is not None
+            needed = needs(self._model, self.cell, device=self.device.type)
+            arranged = arrange(needed, len(rooms), min(rooms.values()), movable=rule is None, short=short)
+        if arranged != self._arranged:
+            self._arranged = None
+            self.loaded.place(list(rooms or [self.device])[: arranged.gpus], streamed=arranged.streamed)
+            self._arranged = arranged
+        if arranged.streamed:
+            self.note("blocks streamed from the host's memory: the model does not fit on the device")
+        elif arranged.gpus > 1:
+            self.note(f"blocks spread over {arranged.gpus} GPUs")
+
+    def rooms(self) -> dict[torch.device, int]:
+        """The worker's GPUs with the bytes that it can have of each; none on a CPU."""
+        if self.device.type != "cuda":
+            return {}
+        found = {}
+        for index in range(torch.cuda.device_count()):
+            free, _ = torch.cuda.mem_get_info(index)
+            found[torch.device("cuda", index)] = free + torch.cuda.memory_reserved(index)
+        return found
 
     def baseline_head(self, hidden: Tensor) -> Tensor:
         """Logits of the original model for its final hidden states."""
@@ -298,7 +333,7 @@ def run_cell(task: Task, session: Session, report: Progress) -> Outcome:
             wall_s=seconds,
             stages=json.dumps(clock.seconds),
             peak_host_bytes=session.attempt_peak(),
-            peak_gpu_bytes=torch.cuda.max_memory_allocated() if session.device.type == "cuda" else None,
+            peak_gpu_bytes=_gpu_peak() if session.device.type == "cuda" else None,
             expected_s=task.expected_s,
             expected_from=task.expected_from,
             notes=json.dumps(session.notes),
@@ -321,6 +356,11 @@ def run_cell(task: Task, session: Session, report: Progress) -> Outcome:
     )
 
 
+def _gpu_peak() -> int:
+    """Of all GPUs of the worker together."""
+    return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+
+
 def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: list[tuple[str, float]]) -> float:
     cell = task.cell
     packs = any(run_of(spec.protocol) == "packed" for spec in task.evaluations)
@@ -335,6 +375,8 @@ def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: lis
                 session.require_text(name, part, spec.protocol["texts"][f"{public_name(name)}/{part}"])
             with _reading_cache(session, spec):
                 evaluator.prepare(session)
+    if session.keep_twins and session.loaded.placement is not None:
+        raise InvalidInput("analysis compares blocks that lie on one device; this model's are spread or streamed")
     weights: dict[str, QuantizedWeight] = {}
     with clock("quantize" if cell.calibration is None else "calibrate + quantize") as progress:
         layers, installed = quantize_cell(session, progress, weights.__setitem__ if packs else None)

@@ -44,12 +44,13 @@ def store_with(tmp_path: Path, cells: list[Cell], **columns: object) -> Store:
 def test_rows_of_the_same_work_come_before_arithmetic(tmp_path: Path) -> None:
     baseline, rtn, gptq = matrix().cells
     past = estimate.history(store_with(tmp_path, [gptq], peak_host_bytes=7_000, peak_gpu_bytes=5_000))
-    assert expected(gptq, past) == estimate.Estimate(seconds=110.0, device_bytes=7_000, source="store")
+    found = expected(gptq, past)
+    assert (found.seconds, found.device_bytes, found.source) == (110.0, 7_000, "store")
     assert estimate.history(Store.open(tmp_path / "store"), gpu=True).bytes == {
         estimate.work(dataclasses.asdict(gptq), ["e1"]): 5_000
     }
     other = estimate.estimate(parse_job(JOB, PATH), gptq, FACTS, {"e2": EVALUATOR}, past, RATE)
-    assert other == dataclasses.replace(expected(gptq), source="measured rate")  # another evaluation is other work
+    assert other == expected(gptq)  # another evaluation is other work
 
 
 def test_arithmetic_is_corrected_by_what_it_was_wrong_by(tmp_path: Path) -> None:
@@ -88,7 +89,32 @@ def test_failed_attempts_predict_nothing(tmp_path: Path) -> None:
 def test_a_cell_takes_the_smallest_share_in_which_it_fits(
     device_bytes: float, gpus: float, gpu_memory: float | None, share: float | None
 ) -> None:
-    assert estimate.gpu_share(int(device_bytes), gpus, gpu_memory) == share
+    assert estimate.gpu_share(of(device_bytes), gpus, gpu_memory) == share
+
+
+def of(device_bytes: float, working_bytes: float = 0) -> estimate.Estimate:
+    return estimate.Estimate(
+        seconds=1.0, device_bytes=int(device_bytes), working_bytes=int(working_bytes), source="assumed rate"
+    )
+
+
+@pytest.mark.parametrize(
+    ("device_bytes", "working_bytes", "gpus", "share"),
+    [
+        (60e9, 0, 8, 1),
+        (66e9, 0, 8, 2),  # 1.2 x 33 + 1.5 of 80 GB each
+        (66e9, 0, 1, None),
+        (330e9, 0, 8, 6),  # 1.2 x 55 + 1.5; five would take 80.7
+        (330e9, 30e9, 8, None),  # 1.2 x (300 / 8 + 30) + 1.5 = 82.5 on eight
+        (310e9, 30e9, 8, 8),  # 79.5 on eight, 85.5 on seven
+    ],
+)
+def test_a_cell_takes_the_fewest_gpus_over_which_it_fits(
+    device_bytes: float, working_bytes: float, gpus: float, share: float | None
+) -> None:
+    expected = of(device_bytes, working_bytes)
+    assert estimate.gpu_share(expected, gpus, 80) == share
+    assert estimate.gpu_share(expected, gpus, 80, spreads=False) == (share if share == 1 else None)
 
 
 def test_the_report_says_how_well_expectations_held() -> None:

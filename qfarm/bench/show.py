@@ -15,7 +15,7 @@ from qfarm import environment
 from qfarm.report.render import terminal_text
 
 if TYPE_CHECKING:
-    from qfarm.bench import farm, kernels, matrix, tasks
+    from qfarm.bench import farm, kernels, matrix, memory, tasks
     from qfarm.bench.farm import Figure
     from qfarm.bench.methods import MethodResult, Report
 
@@ -54,7 +54,7 @@ def columns(names: Sequence[str], left: int = 1) -> Table:
     return table
 
 
-def render_json(report: Report | tasks.Report | matrix.Report | kernels.Report) -> str:
+def render_json(report: Report | tasks.Report | matrix.Report | kernels.Report | memory.Report) -> str:
     return json.dumps(dataclasses.asdict(report), indent=2) + "\n"
 
 
@@ -143,6 +143,27 @@ def render_figures(figures: Sequence[Figure], width: int, color: bool = False) -
 def render_figures_json(settings: farm.Settings, figures: Sequence[Figure]) -> str:
     found = {"settings": dataclasses.asdict(settings), "figures": [dataclasses.asdict(one) for one in figures]}
     return json.dumps(found, indent=2) + "\n"
+
+
+def render_memory(report: memory.Report, width: int, color: bool = False) -> str:
+    """What was measured beside what was bound, then the bound's parts."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("MiB")
+    for name in ("measured", "bound"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row("before loading", _mebibytes(report.before), "")
+    table.add_row("with the model loaded", _mebibytes(report.loaded), "")
+    table.add_row("peak, allocated", _mebibytes(report.private), _mebibytes(report.bound))
+    table.add_row("peak with pages of files", _mebibytes(report.resident), "")
+    settings, parts = report.settings, report.needs
+    what = (
+        f"random Llama of {report.parameters:,} parameters in bfloat16, {settings.method} w4 g128, calibration "
+        f"{settings.length} x{settings.samples}, perplexity {settings.length} x{settings.windows}; "
+        f"{report.seconds:.0f} s{'; a bound is missed' if report.missed else ''}"
+    )
+    sums = ", ".join(f"{name} {_mebibytes(size)}" for name, size in parts.items())
+    rule = f"bound: before + {_mebibytes(report.allowance)} of the process's own + what qfarm.memory says: {sums}"
+    return terminal_text([Text(f"{what}\n"), table, Text(f"\n{rule}")], width, color)
 
 
 def _where(machine: dict[str, Any]) -> str:

@@ -234,6 +234,35 @@ def bench_farm(style: str, parts: str, store: str | None, chaos_seeds: str, **se
     raise click.exceptions.Exit(FAILED if any(one.missed for one in figures) else 0)
 
 
+@bench_group.command("memory")
+@click.option("--parameters", type=click.FloatRange(5e7), default=3e9, show_default=True, help="Of the model, about.")
+@click.option("--method", default="gptq", show_default=True, help="gptq or rtn, whose memory the bound counts.")
+@click.option("--samples", type=click.IntRange(1), default=2, show_default=True, help="Calibration windows.")
+@click.option("--length", type=click.IntRange(16), default=512, show_default=True, help="Tokens per window.")
+@click.option("--windows", type=click.IntRange(1), default=2, show_default=True, help="Evaluation windows.")
+@click.option("--folder", metavar="DIR", help="Where to make the model, and keep it; default: a temporary folder.")
+@click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
+def bench_memory(style: str, method: str, **settings: Any) -> None:
+    """Memory of one cell of a random Llama on the CPU, from loading to evaluation, against the bound of qfarm plan.
+
+    The model takes two bytes per parameter on disk. Linux only. Exit code 1 when a bound is missed.
+
+    \b
+    Examples:
+      qfarm bench memory --parameters 1e8
+      qfarm bench memory --parameters 3e9 --method rtn --folder /tmp/bench
+    """
+    from qfarm.bench import memory as bench
+    from qfarm.bench.show import render_json, render_memory
+    from qfarm.errors import nearest
+
+    if method not in bench.METHODS:
+        raise InvalidInput(f'--method: no bound for "{method}"{nearest(method, bench.METHODS)}')
+    report = bench.run(bench.Settings(method=method, **settings), lambda text: click.echo(text, err=True))
+    click.echo(render_json(report) if style == "json" else render_memory(report, width(), color()), nl=False)
+    raise click.exceptions.Exit(FAILED if report.missed else 0)
+
+
 @bench_group.command("kernels")
 @click.option("--gpus", default="a100,h100", show_default=True, metavar="A,B", help="GPUs to predict times for.")
 @click.option("--compile", "targets", default="", metavar="A,B", help="Also compile for these: sm_80, sm_90, gfx942.")

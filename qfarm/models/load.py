@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from qfarm.errors import Failure, ModelError, NonFinite, classify
 from qfarm.layers.sites import Prefill
 from qfarm.layers.turn import Turn
 from qfarm.models.architecture import Architecture, absorbs_scale, architecture_of
+from qfarm.models.mapped import in_dtype
 from qfarm.models.past import cache_keyword, returned_cache
+from qfarm.models.place import HOST, Placement, move, put, spread
 from qfarm.models.reference import ModelFacts, first_line, unreachable
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -40,7 +42,12 @@ class LoadedModel:
         # made for inputs as they are.
         self.input_factors: dict[tuple[int, str], Tensor] = {}
         self.stored_beside = 0  # bytes that a transform needs beside the parameters
-        self.offload = False  # keep originals of replaced linear weights in the host's memory
+        self.offload = False  # originals of replaced linear weights leave the device
+        self.not_shared: str | None = None  # why other workers of this machine cannot share these weights in memory
+        self.placement: Placement | None = None  # None: everything lies on one device
+        self._first = HOST  # that device, or the one of embeddings and head
+        # Parameters as they were loaded, into the host's memory, with their values there.
+        self._on_host = {id(p): (p, p.data) for p in model.parameters()}
         self._parameters: int = sum(p.numel() for p in model.parameters())
         self._undo: list[Callable[[], object]] = []
         self._replaced: set[tuple[nn.Module, str]] = set()  # parameters whose originals are kept
@@ -126,15 +133,55 @@ class LoadedModel:
         original = getattr(module, name)
         assert isinstance(original, nn.Parameter)
         if (module, name) not in self._replaced:
-            if self.offload and isinstance(module, nn.Linear) and module is not self.head:
-                self.on_restore(functools.partial(self._bring_back, module, name, original.data.to("cpu")))
+            streamed = self.placement is not None and self.placement.streamed  # which keeps originals on the host
+            if self.offload and not streamed and isinstance(module, nn.Linear) and module is not self.head:
+                self.on_restore(functools.partial(self._bring_back, module, name, original, self._home(original)))
+                original.data = self.on_host(original)
             else:
                 self.on_restore(functools.partial(setattr, module, name, original))
             self._replaced.add((module, name))
         setattr(module, name, nn.Parameter(values.to(original.dtype), requires_grad=False))
 
-    def _bring_back(self, module: nn.Module, name: str, values: Tensor) -> None:
-        setattr(module, name, nn.Parameter(values.to(self.device), requires_grad=False))
+    def _bring_back(self, module: nn.Module, name: str, original: nn.Parameter, device: torch.device) -> None:
+        original.data = put(original.data, device)
+        setattr(module, name, original)
+
+    def _home(self, parameter: nn.Parameter) -> torch.device:
+        """The device to which the parameter belongs."""
+        found = (index for index, block in enumerate(self.blocks) if any(p is parameter for p in block.parameters()))
+        index = next(found, None)
+        return self._first if index is None else self.block_device(index)
+
+    def on_host(self, parameter: nn.Parameter) -> Tensor:
+        """The parameter's values in the host's memory: the files' own pages, where it is as it was loaded."""
+        known = self._on_host.get(id(parameter))
+        return known[1] if known is not None and known[0] is parameter else put(parameter.data, HOST)
+
+    def place(self, devices: Sequence[torch.device], *, streamed: bool = False) -> None:
+        """Move the original model: to one device, its blocks over several, or streamed from the host's memory.
+
+        One tensor at a time, from the host's memory. Nothing may be replaced at the time.
+        """
+        assert not self._undo, "the model is restored before it is moved"
+        if self.placement is not None:
+            self.placement.remove()
+        self.placement, self._first = None, devices[0]
+        inside = {id(tensor) for block in self.blocks for tensor in (*block.parameters(), *block.buffers())}
+        everything = [*self.model.parameters(), *self.model.buffers()]
+        move((tensor for tensor in everything if id(tensor) not in inside), devices[0])
+        if len(devices) > 1 or streamed:
+            homes = spread(len(self.blocks), devices)
+            self.placement = Placement(self.blocks, self.final_norm, self.on_host, devices=homes, streamed=streamed)
+        else:
+            move((tensor for tensor in everything if id(tensor) in inside), devices[0])
+
+    def block_device(self, index: int) -> torch.device:
+        """Where the block computes."""
+        return self._first if self.placement is None else self.placement.devices[index]
+
+    def opened(self, index: int) -> contextlib.AbstractContextManager[None]:
+        """The block's weights are on its device inside, wherever the model keeps them."""
+        return contextlib.nullcontext() if self.placement is None else self.placement.open(index)
 
     def on_restore(self, undo: Callable[[], object]) -> None:
         """Have something undone by `restore`, the latest first. Called right before or after a change is made."""
@@ -190,12 +237,17 @@ class LoadedModel:
 
 
 def load(facts: ModelFacts, dtype: str, device: torch.device) -> LoadedModel:
-    """Load weights and tokenizer. Raises ModelError, Unavailable, or NonFinite for a broken checkpoint."""
+    """Load weights and tokenizer. Raises ModelError, Unavailable, or NonFinite for a broken checkpoint.
+
+    Weights are pages of files that all workers of a machine share (`qfarm.models.mapped`); to another device they go
+    from there tensor by tensor, without a copy in the host's memory.
+    """
     architecture = architecture_of(facts.config, facts.reference)
     try:
         tokenizer = load_tokenizer(facts)
+        location, revision, note = in_dtype(facts, DTYPES[dtype])
         model = AutoModelForCausalLM.from_pretrained(
-            facts.location, revision=facts.revision, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+            location, revision=revision, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
         )
     except Exception as error:  # safetensors, tokenizers and torch raise kinds of their own for broken files
         failure = _load_error(facts, error)
@@ -206,7 +258,10 @@ def load(facts: ModelFacts, dtype: str, device: torch.device) -> LoadedModel:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise NonFinite(f"{facts.reference}: {name} holds NaN or Inf")
-    return LoadedModel(model.to(device), tokenizer, architecture)
+    loaded = LoadedModel(model, tokenizer, architecture)
+    loaded.not_shared = note
+    loaded.place([device])
+    return loaded
 
 
 def _load_error(facts: ModelFacts, error: Exception) -> Exception | None:
