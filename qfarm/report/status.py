@@ -46,7 +46,9 @@ def _parts(store: Readable, location: str, jobs: Sequence[Running], now: datetim
         if job.cells:
             since = _seconds(job.sign, now) or 0.0  # it has run on since its last sign
             lines = [(name, stage, worker, duration(seconds + since)) for name, stage, worker, seconds in job.cells]
-            yield grid(("cell", "stage", "worker", "for"), lines, (3,))
+            table = grid(("cell", "stage", "worker", "for"), lines, (3,))
+            table.columns[0].no_wrap = False  # a name with options would leave the stage a letter's width
+            yield table
     if not jobs:
         yield Text("no job is at work on it, as far as the store knows", overflow="fold")
 
