@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ DELAY_S = 1.5  # at most, between a cell's end and the kill: about what a cell o
 SILENCE_S = 15.0  # without a heartbeat for so long, a worker counts as hung
 RETRIES = 10
 NODE_TRIES = 3
+OBJECT_STORE_BYTES = 100_000_000  # nothing of size goes through it
 HEALTH_CHECKS = {  # so that a lost node is noticed within seconds
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "1000",
@@ -176,27 +178,37 @@ class Killer:
 
 
 def add_node(cluster: Any) -> Any:
-    """A node with one worker's place. On a busy machine a raylet may not be up within the 30 s that Ray gives it."""
-    for number in range(NODE_TRIES):
+    """A node with one worker's place."""
+    return _started(lambda: cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=OBJECT_STORE_BYTES))
+
+
+def _head() -> Any:
+    """A cluster of a head alone, where no cell runs."""
+    from ray.cluster_utils import Cluster
+
+    room = {"num_cpus": 0, "num_gpus": 0, "object_store_memory": OBJECT_STORE_BYTES}
+    return _started(lambda: Cluster(initialize_head=True, head_node_args={**room, "include_dashboard": False}))
+
+
+def _started(start: Callable[[], Any]) -> Any:
+    """On a busy machine a raylet may not be up within the 30 s that Ray gives it."""
+    for left in reversed(range(NODE_TRIES)):
         try:
-            return cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100_000_000)
+            return start()
         except Exception as error:  # Ray raises no more special one
-            if number + 1 == NODE_TRIES:
+            if not left:
                 raise
             print(f"a node did not start: {error}; trying again", file=sys.stderr)
 
 
 def main(job_path: str, location: str, folder_name: str, seed: str) -> int:
     """Run the job. Exit status: 0 when every cell is finished."""
-    from ray.cluster_utils import Cluster
-
     folder = Path(folder_name)
     (folder / MARKS).mkdir(parents=True)
     job = load_job(job_path)
     work = open_work(make_plan(job, None, None))
     Store.open(location, create=True)
-    head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, "object_store_memory": 100_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = _head()
     # Before there is another node on this address: a driver that took its raylet for its own would die with it.
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     try:
