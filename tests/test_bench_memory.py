@@ -57,13 +57,13 @@ def test_a_method_without_a_bound_is_refused(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.slow
 def test_a_cell_stays_below_its_bound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--parameters", "5e7", "--samples", "1", "--length", "128", "--windows", "1"]
+    sizes = ["--parameters", "1e8", "--samples", "1", "--length", "128", "--windows", "1"]
     assert run_cli(*sizes, "--folder", str(tmp_path), "--format", "json") == 0
     found = json.loads(capsys.readouterr().out)
-    config = bench.shape(5e7)
+    config = bench.shape(1e8)
     norms = config["hidden_size"] * (2 * config["num_hidden_layers"] + 1)  # which the arithmetic leaves out
     assert found["model"] == 2 * (found["parameters"] - norms)
-    # The model costs the process next to nothing until weights are replaced.
-    assert found["loaded"] - found["before"] < found["model"] / 4
+    # The weights cost the process nothing until they are replaced; what loading imports takes some 60 MB.
+    assert found["loaded"] - found["before"] < found["model"] / 2
     assert found["private"] > found["before"] + found["needs"]["quantized"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
