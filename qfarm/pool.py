@@ -388,7 +388,8 @@ def kind_of_death(hello: actors.Hello | None, error: RayError | None) -> Failure
     known = hello.node_id if hello is not None else None
     node = next((node for node in ray.nodes() if node["NodeID"] == known), None)
     if node is None or node["Alive"]:
-        return Failure.WORKER_DIED
+        # Ray may tell of an actor's node before its own table does.
+        return Failure.NODE_DIED if error is not None and NODE_DIED in str(error) else Failure.WORKER_DIED
     return Failure.PREEMPTED if node["DeathReason"] in PREEMPTION_REASONS else Failure.NODE_DIED
 
 
