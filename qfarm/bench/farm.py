@@ -204,7 +204,7 @@ def _chaos(settings: Settings) -> list[Figure]:
             ("struck attempts without a row that says so", verdict.untold, "attempts", 0),
             ("failed attempts that nothing has struck", verdict.unexplained, "attempts", 0),
             ("faults of the store", verdict.faults, "files", 0),
-            ("files left that no manifest names", verdict.orphans, "files", 0),
+            ("files that no manifest names, after cleaning", verdict.orphans, "files", 0),
         ]
         what = f"{chaos.CELLS} cells, seed {verdict.seed}: "
         found += [
