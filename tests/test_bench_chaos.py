@@ -35,17 +35,17 @@ def publish(folder: Path, *, attempt: str = CALM, numbers: tuple[int, ...] = (0,
     return store
 
 
-def failed(store: Store, outcome: str, attempt: str = STRUCK) -> None:
+def failed(store: Store, outcome: str, attempt: str = STRUCK, worker: str = "pid 7") -> None:
     row = _attempt_row(0, cell(0), "e", attempt)
-    store.publish_attempt(dataclasses.replace(row, outcome=outcome))
+    store.publish_attempt(dataclasses.replace(row, outcome=outcome, worker=worker))
 
 
-def killed(*attempts: str, kind: str = "killed") -> dict:
-    return {"seconds": 1.0, "kills": [{"kind": kind, "attempts": list(attempts)}]}
+def killed(*attempts: str, kind: str = "killed", pids: tuple[int, ...] = ()) -> dict:
+    return {"seconds": 1.0, "kills": [{"kind": kind, "attempts": list(attempts), "pids": list(pids)}]}
 
 
 def harm(verdict: chaos.Verdict) -> dict[str, int]:
-    kept = ("missing", "different", "untold", "unexplained", "faults", "orphans")
+    kept = ("missing", "different", "untold", "unexplained", "strays", "faults", "orphans")
     return {name: value for name in kept if (value := getattr(verdict, name))}
 
 
@@ -77,18 +77,32 @@ def _fail_by_itself(store: Store, folder: Path) -> dict:
     return killed()
 
 
+def _fail_by_itself_beside(store: Store, folder: Path) -> dict:
+    failed(store, "bug", worker="pid 7")
+    return killed(pids=(7,))
+
+
+def _leave_a_file(store: Store, folder: Path) -> dict:
+    (folder / "parts" / "cells" / f"{cell(9)}.{AGAIN}9.00000000.parquet").write_bytes(b"half")
+    return killed()
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (_lose_a_cell, {"missing": 1 + 4 + 1 + DOCUMENTS}),
+        (_lose_a_cell, {"missing": 1 + 4 + 1 + DOCUMENTS, "strays": 5}),  # a file per table
         (_say_another_kind, {"untold": 1}),
         (_say_nothing, {"untold": 1}),
         (_fail_by_itself, {"unexplained": 1}),
+        (_fail_by_itself_beside, {"unexplained": 1}),
+        (_leave_a_file, {"strays": 1}),
     ],
 )
 def test_harm_is_seen(tmp_path: Path, damage: Callable[[Store, Path], dict], expected: dict[str, int]):
     calm, store = publish(tmp_path / "a"), publish(tmp_path / "b")
-    assert harm(chaos.judge(0, calm, store, damage(store, tmp_path / "b"))) == expected
+    verdict = chaos.judge(0, calm, store, damage(store, tmp_path / "b"))
+    assert harm(verdict) == expected
+    assert len(verdict.details) == sum(count for name, count in expected.items() if name != "missing")
 
 
 def test_a_number_that_differs_is_seen(tmp_path: Path):
@@ -99,9 +113,17 @@ def test_a_number_that_differs_is_seen(tmp_path: Path):
 
 def test_leftovers_of_the_dead_are_removed(tmp_path: Path):
     calm, store = publish(tmp_path / "a"), publish(tmp_path / "b")
-    orphan = tmp_path / "b" / "parts" / "cells" / "c9.a9.00000000.parquet"
+    failed(store, "worker_died")
+    orphan = tmp_path / "b" / "parts" / "cells" / f"{cell(0)}.{STRUCK}.00000000.parquet"
     orphan.write_bytes(b"half")
-    assert harm(chaos.judge(0, calm, store, killed())) == {} and not orphan.exists()
+    assert harm(chaos.judge(0, calm, store, killed(STRUCK))) == {} and not orphan.exists()
+
+
+@pytest.mark.parametrize("outcome", ["worker_died", "superseded"])
+def test_a_cell_that_was_given_in_the_moment_of_the_blow_is_explained(tmp_path: Path, outcome: str):
+    calm, store = publish(tmp_path / "a"), publish(tmp_path / "b")
+    failed(store, outcome, worker="pid 7" if outcome == "worker_died" else "pid 8")
+    assert harm(chaos.judge(0, calm, store, killed(pids=(6, 7)))) == {}
 
 
 @pytest.fixture
@@ -142,5 +164,5 @@ def test_seeds_that_are_none_are_refused(capsys):
 @pytest.mark.slow
 def test_the_farm_stands_the_killing_of_workers_and_nodes():
     [verdict] = chaos.run([0])
-    assert harm(verdict) == {}
+    assert harm(verdict) == {}, "\n".join(verdict.details)
     assert verdict.kills >= 7 and verdict.attempts > chaos.CELLS + chaos.MODELS

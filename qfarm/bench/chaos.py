@@ -2,8 +2,8 @@
 
 Both are real runs (`qfarm.bench.chaos_run`) of two small random models, of the same job, on Ray with GPUs that are
 none. The undisturbed run is made once for all seeds. Afterwards every number must be there once and be the same to the
-last bit, every blow must be told by an attempt, every failed attempt be the work of a blow, and the store be sound once
-it has been cleaned; whose the files were that cleaning removes is not looked at.
+last bit, every blow must be told by an attempt, every failed attempt be the work of a blow, every file that cleaning
+removes from the store be a struck attempt's, and the store be sound then.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ OUTCOMES = {
     "node": {Failure.NODE_DIED, Failure.WORKER_DIED, "ok"},
     "drained": {Failure.PREEMPTED, Failure.WORKER_DIED, "ok"},
 }
+UNHARMED = {"ok", Failure.SUPERSEDED}  # the farm itself ends the slower of two copies
 NOT_NUMBERS = {"attempt_id", "created"}  # columns that no two runs share
 TABLES = ("cells", "layers", "metrics", "documents")
 TIMEOUT_S = 1800.0
@@ -63,8 +64,10 @@ class Verdict:
     different: int  # numbers that differ
     untold: int  # attempts that were struck and have no row that says so
     unexplained: int  # failed attempts that nothing has struck
+    strays: int  # files that no manifest names and no struck attempt has left
     faults: int  # of the store
     orphans: int  # files that no manifest names, after cleaning
+    details: tuple[str, ...]  # what is counted from `untold` on
 
 
 def run(seeds: Sequence[int], folder: Path | None = None) -> list[Verdict]:
@@ -84,17 +87,20 @@ def _run(job: Path, folder: Path, seed: int | None) -> tuple[Store, dict[str, An
     words = [sys.executable, "-m", "qfarm.bench.chaos_run", str(job), str(store), str(notes)]
     environ = {**os.environ, **cluster.local_environment(), **HEALTH_CHECKS}
     environ.pop("RAY_ADDRESS", None)
-    ended = subprocess.run(
-        [*words, "" if seed is None else str(seed)],
-        env=environ,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    what = "the undisturbed run" if seed is None else f"seed {seed}"
+    try:
+        ended = subprocess.run(
+            [*words, "" if seed is None else str(seed)],
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise QfarmError(f"chaos: {what} was not over after {TIMEOUT_S:g} s") from None
     if ended.returncode:
-        what = "the undisturbed run" if seed is None else f"seed {seed}"
         tail = " ".join(ended.stderr.split())[-600:]
         raise QfarmError(f"chaos: {what} did not finish its cells (exit status {ended.returncode}): {tail}")
     return Store.open(store), json.loads((notes / KILLS).read_text())
@@ -102,19 +108,25 @@ def _run(job: Path, folder: Path, seed: int | None) -> tuple[Store, dict[str, An
 
 def judge(seed: int, calm: Store, store: Store, told: dict[str, Any]) -> Verdict:
     """Hold a disturbed run's store against an undisturbed one's. Cleans it of leftovers."""
-    kills = [Kill(kind=kill["kind"], attempts=tuple(kill["attempts"])) for kill in told["kills"]]
-    rows = store.read("attempts", columns=["attempt_id", "outcome"]).to_pylist()
+    kills = [
+        Kill(kind=kill["kind"], attempts=tuple(kill["attempts"]), pids=tuple(kill["pids"])) for kill in told["kills"]
+    ]
+    rows = store.read("attempts", columns=["attempt_id", "outcome", "worker", "error"]).to_pylist()
     outcomes = {row["attempt_id"]: row["outcome"] for row in rows}
     struck = {attempt: kill.kind for kill in kills for attempt in kill.attempts}
+    ended = {f"pid {pid}": kill.kind for kill in kills for pid in kill.pids}
     untold = [attempt for attempt, kind in struck.items() if outcomes.get(attempt) not in OUTCOMES[kind]]
-    unexplained = [attempt for attempt, outcome in outcomes.items() if outcome != "ok" and attempt not in struck]
+    failed = [row for row in rows if row["outcome"] not in UNHARMED]
+    unseen = {row["attempt_id"] for row in failed if row["outcome"] in OUTCOMES.get(ended.get(row["worker"], ""), ())}
+    unexplained = [row for row in failed if row["attempt_id"] not in {*struck, *unseen}]
     missing = different = 0
     for table in TABLES:
         expected, found = _numbers(calm, table), _numbers(store, table)
         gone, new = (expected - found).total(), (found - expected).total()
         different += min(gone, new)  # a number that differs is both
         missing += abs(gone - new)
-    store.clean(0.0)
+    # The name of a file of the store holds the attempt that wrote it.
+    strays = [path for path in store.clean(0.0) if not any(attempt in path for attempt in {*struck, *unseen})]
     faults, leftovers = store.check()
     return Verdict(
         seed=seed,
@@ -126,8 +138,16 @@ def judge(seed: int, calm: Store, store: Store, told: dict[str, Any]) -> Verdict
         different=different,
         untold=len(untold),
         unexplained=len(unexplained),
+        strays=len(strays),
         faults=len(faults),
         orphans=len(leftovers),
+        details=(
+            *(f"{attempt}: {struck[attempt]}, yet its row says {outcomes.get(attempt)}" for attempt in untold),
+            *("{attempt_id} of {worker}: {outcome}: {error}".format_map(row) for row in unexplained),
+            *(f"{path}: of no struck attempt" for path in strays),
+            *faults,
+            *leftovers,
+        ),
     )
 
 

@@ -9,6 +9,7 @@ empty SEED kills nothing. FOLDER/kills.json tells what was killed; only processe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -64,10 +65,14 @@ class Mark:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kill:
-    """One blow and the attempts that it struck."""
+    """One blow, the attempts that it struck for certain, and the processes that it ended.
+
+    A worker may have been given another cell in the moment of the blow, of which nobody has seen a mark.
+    """
 
     kind: str
     attempts: tuple[str, ...]
+    pids: tuple[int, ...]
 
 
 def run_cell(task: Task, session: worker.Session, report: worker.Progress) -> Outcome:
@@ -162,14 +167,13 @@ class Killer:
             os.kill(victim.pid, signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
         except ProcessLookupError:
             return  # it was quicker
-        self.blows.append(Kill(kind=kind, attempts=(victim.attempt,)))
+        self.blows.append(Kill(kind=kind, attempts=(victim.attempt,), pids=(victim.pid,)))
 
     def _strike_node(self, kind: str, node_id: str) -> None:
         node = next(node for node in self._nodes if node.node_id == node_id)
-        before = self._at_node(node_id)
+        attempts, pids = self._at_node(node_id), _processes(node)
         self._cluster.remove_node(node, allow_graceful=kind == "drained")
-        # An attempt that began in between was struck as well.
-        self.blows.append(Kill(kind=kind, attempts=tuple(sorted(before | self._at_node(node_id)))))
+        self.blows.append(Kill(kind=kind, attempts=tuple(sorted(attempts)), pids=tuple(sorted(pids))))
         self._nodes.remove(node)
         self._nodes.append(add_node(self._cluster))
 
@@ -177,9 +181,25 @@ class Killer:
         return {mark.attempt for mark in marks(self._folder / MARKS) if mark.node == node_id}
 
 
+def _processes(node: Any) -> set[int]:
+    """A node's processes, workers included: those are its raylet's children."""
+    found: set[int] = set()
+    for _, process in node.live_processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= {process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))}
+    return found
+
+
 def add_node(cluster: Any) -> Any:
     """A node with one worker's place."""
-    return _started(lambda: cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=OBJECT_STORE_BYTES))
+    before = set(cluster.worker_nodes)
+
+    def start() -> Any:
+        for node in set(cluster.worker_nodes) - before:  # one that was not up in time could still take cells
+            cluster.remove_node(node, allow_graceful=False)
+        return cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=OBJECT_STORE_BYTES)
+
+    return _started(start)
 
 
 def _head() -> Any:

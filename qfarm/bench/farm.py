@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -203,9 +204,12 @@ def _chaos(settings: Settings) -> list[Figure]:
             ("numbers that differ from an undisturbed run's", verdict.different, "rows", 0),
             ("struck attempts without a row that says so", verdict.untold, "attempts", 0),
             ("failed attempts that nothing has struck", verdict.unexplained, "attempts", 0),
+            ("leftover files that no struck attempt has written", verdict.strays, "files", 0),
             ("faults of the store", verdict.faults, "files", 0),
             ("files that no manifest names, after cleaning", verdict.orphans, "files", 0),
         ]
+        for line in verdict.details:
+            print(f"seed {verdict.seed}: {line}", file=sys.stderr)
         what = f"{chaos.CELLS} cells, seed {verdict.seed}: "
         found += [
             Figure(part="chaos", what=what + name, value=value, unit=unit, goal=goal)
