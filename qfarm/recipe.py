@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import importlib
 import importlib.metadata
 import pkgutil
 import reprlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeGuard
@@ -386,6 +388,12 @@ def method_names() -> list[str]:
 
 def _modules() -> dict[str, list[str]]:
     """The modules that offer each method: one, unless packages clash."""
+    return _modules_on(tuple(sys.path))
+
+
+@functools.cache
+def _modules_on(path: tuple[str, ...]) -> dict[str, list[str]]:
+    # Asked for every cell of a plan, and every installed package is read for the answer.
     import qfarm.methods
 
     own = [(info.name, f"qfarm.methods.{info.name}") for info in pkgutil.iter_modules(qfarm.methods.__path__)]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import inspect
 import re
 import sys
 import types
+from collections.abc import Callable
 
 import pytest
 from pydantic.dataclasses import dataclass
 
+from qfarm import recipe as recipes
 from qfarm.errors import InvalidInput
 from qfarm.recipe import (
     STRICT,
@@ -40,6 +44,12 @@ def method(name: str, base: type[Method], **members: object) -> types.ModuleType
     return module
 
 
+def offer(monkeypatch: pytest.MonkeyPatch, entry_points: Callable[[str], list[importlib.metadata.EntryPoint]]) -> None:
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    # Nothing is kept of what is installed in truth, and nothing of this afterwards.
+    monkeypatch.setattr(recipes, "_modules_on", inspect.unwrap(recipes._modules_on))
+
+
 @pytest.fixture(autouse=True)
 def _third_party(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another package that is installed: a transform, a cache, a term on top of a solver."""
@@ -59,7 +69,7 @@ def _third_party(monkeypatch: pytest.MonkeyPatch) -> None:
     def entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
         return points if group == "qfarm.methods" else []
 
-    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    offer(monkeypatch, entry_points)
 
 
 def test_methods_of_other_packages_are_known_by_name() -> None:
@@ -86,11 +96,19 @@ def test_a_name_has_one_method(monkeypatch: pytest.MonkeyPatch) -> None:
             ("rtn", "qfarm.methods.rtn"),
         )
     ]
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points)
+    offer(monkeypatch, lambda group: points)
     for name, both in (("gptq", "qfarm.methods.gptq and acme.gptq"), ("new", "acme.new and zeta.new")):
         with pytest.raises(InvalidInput, match=f'^method "{name}" is offered by {both}; a name has one method'):
             lookup(name)
     assert lookup("rtn").__module__ == "qfarm.methods.rtn" and {"new", "hqq"} <= set(method_names())
+
+
+def test_what_is_installed_is_read_once_for_all_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: asked.append(group) or [])
+    monkeypatch.setattr(recipes, "_modules_on", functools.cache(inspect.unwrap(recipes._modules_on)))
+    assert {lookup("rtn"), lookup("rtn"), parse_recipe("rtn").methods[0].__class__} == {lookup("rtn")}
+    assert asked == ["qfarm.methods"]
 
 
 def test_a_chain_runs_by_stage_however_it_is_written() -> None:
