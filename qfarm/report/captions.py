@@ -16,6 +16,7 @@ from qfarm.stats import (
     STRONG_ALPHA,
     AccuracyDifference,
     Difference,
+    count_skewed,
 )
 
 ROWS_SHOWN = 50  # of one table in a terminal
@@ -149,7 +150,7 @@ def _meaning(table: Table, differences: Sequence[Difference]) -> str:
         words.append(f"{'1 seed' if len(seeds) == 1 else 'each row is one seed'}: calibration noise not included")
     if clusters < MARK_CLUSTERS:
         words.append(f"no marks below {MARK_CLUSTERS} clusters")
-    if skewed := sum(difference.skewed for difference in differences):
+    if skewed := count_skewed(differences):
         words.append(f"intervals of {plural(skewed, 'row')} may be too narrow: few clusters, strongly skewed")
     return "; ".join(words)
 

@@ -46,7 +46,7 @@ from qfarm.stats.means import (
     percent,
     stratified_mean,
 )
-from qfarm.stats.paired import ALPHA, DETECTABLE, Difference, Verdict, paired_difference, verdict
+from qfarm.stats.paired import ALPHA, DETECTABLE, Difference, Verdict, count_skewed, paired_difference, verdict
 from qfarm.stats.seeds import (
     SeedsMean,
     SeedVariance,
@@ -81,6 +81,7 @@ __all__ = [
     "accuracy_difference",
     "benjamini_hochberg",
     "clustered_mean",
+    "count_skewed",
     "clustered_quantile",
     "dominated",
     "exact_p",
