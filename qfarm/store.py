@@ -171,6 +171,7 @@ class Store:
         """
         target = _target(table, columns)
         kind = next(name for name, kind in KINDS.items() if table in kind.tables)
+        cell_ids = None if cell_ids is None else frozenset(cell_ids)
         keys = [key for key in self._uncovered(kind) if cell_ids is None or key[0] in cell_ids]
         wanted = list(dict.fromkeys([*target.names, *KINDS[kind].ids]))
         old = self._compacted_rows(table, wanted, cell_ids)

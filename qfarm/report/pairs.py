@@ -20,7 +20,9 @@ from qfarm.errors import NonFinite
 from qfarm.margin import Measure
 from qfarm.stats import Difference, Weights, accuracy_difference, paired_difference
 
-BATCH = 256  # cells whose ledgers are in memory at once
+# Cells whose ledgers are in memory at once: at first, and later as many as have that many rows.
+BATCH = 256
+BATCH_ROWS = 1_000_000
 SHARED = 0.9  # of the smaller ledger: below it, what is missing may be what is hard
 NO_MEAN = "no mean over these tasks is stored, so they have no common difference: `qfarm compare` has one for each"
 _LEDGER = ("cell_id", "eval_id", "document", "window", "task", "cluster", "tokens", "loss", "correct", "answer")
@@ -104,10 +106,8 @@ def pair_with_baselines(
     reference = reference.join(owner, keys=["eval_id", "cell_id"], join_type="inner").drop_columns(["cell_id"])
     counts, items = _counts(reference, ["eval_id"]), _items(reference)
     reference = _numbered(reference)
-    ordered = sorted(cells)
     found: dict[Key, Pairing] = {}
-    for start in range(0, len(ordered), BATCH):
-        ledger = _ledger(store, ordered[start : start + BATCH], targets)
+    for ledger in _ledgers(store, sorted(cells), targets):
         ours = _counts(ledger, ["cell_id", "eval_id"])
         shared = dict(_joined(ledger, reference))
         for (cell_id, eval_id), pieces in ours.items():
@@ -210,6 +210,16 @@ def item_by_item(pieces: Pieces) -> tuple[NDArray[np.int64], NDArray[np.float64]
     place = np.arange(of_item.size) - np.repeat(np.cumsum(items) - items, items)
     first, second = ((place < pieces.numbers(name)[of_item]).astype(np.float64) for name in ("value", "value_other"))
     return of_item, first, second
+
+
+def _ledgers(store: Readable, cells: Sequence[str], targets: Mapping[str, Target]) -> Iterator[pa.Table]:
+    """The ledgers of all cells, batch by batch. Each costs the store a look at all that it holds, so they are few."""
+    start, size = 0, BATCH
+    while start < len(cells):
+        ledger = _ledger(store, cells[start : start + size], targets)
+        yield ledger
+        start, rows = start + size, max(1, len(ledger))
+        size = max(1, min(BATCH_ROWS * size // rows, 8 * size))  # the next cells may have longer ones
 
 
 def _ledger(store: Readable, cells: Collection[str], targets: Mapping[str, Target]) -> pa.Table:
