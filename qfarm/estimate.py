@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qfarm.job import Job
 from qfarm.matrix import Cell
-from qfarm.memory import SLACK, needs
+from qfarm.memory import BLOCKS_ELSEWHERE, SLACK, needs
 from qfarm.models.reference import ModelFacts
 from qfarm.scheme import parse_scheme
 
@@ -37,6 +37,7 @@ class Estimate:
     seconds: float
     device_bytes: int
     working_bytes: int = 0  # of these, what each of several GPUs needs beside its share of the weights
+    streamed_bytes: int  # what one GPU needs when all blocks but the current one are in the host's memory
     source: str  # "store", "measured rate", "assumed rate", each rate also with ", corrected"
 
 
@@ -68,7 +69,7 @@ class History:
     """What a store's successful attempts tell of attempts to come."""
 
     seconds: Mapping[Work, float]  # median
-    bytes: Mapping[Work, int]  # largest peak, of the GPU or of the process
+    bytes: Mapping[Work, int]  # largest peak, of the GPU or of the process, with the whole model in one place
     corrections: Mapping[str, float]  # by model fingerprint: seconds taken per second of the arithmetic, median
 
     def correction(self, fingerprint: str) -> float | None:
@@ -91,7 +92,7 @@ def history(store: Store | None, *, gpu: bool = False) -> History:
     peaks: dict[Work, int] = {}
     wrong: dict[str, list[float]] = {}
     peak = "peak_gpu_bytes" if gpu else "peak_host_bytes"
-    columns = ["cell_id", "outcome", "wall_s", "evaluations", "started", "expected_s", "expected_from", peak]
+    columns = ["cell_id", "outcome", "wall_s", "evaluations", "started", "expected_s", "expected_from", "notes", peak]
     rows = store.read("attempts", columns=columns).to_pylist()
     for row in sorted(rows, key=lambda row: str(row["started"])):
         if row["outcome"] != "ok" or row["cell_id"] not in specs:
@@ -99,7 +100,8 @@ def history(store: Store | None, *, gpu: bool = False) -> History:
         spec = specs[row["cell_id"]]
         done = work(spec, json.loads(row["evaluations"] or "[]"))
         seconds.setdefault(done, []).append(row["wall_s"])
-        peaks[done] = max(peaks.get(done, 0), row[peak] or 0)
+        if not any(note.startswith(BLOCKS_ELSEWHERE) for note in json.loads(row["notes"] or "[]")):
+            peaks[done] = max(peaks.get(done, 0), row[peak] or 0)
         if row["expected_s"] and row["expected_from"] in RATES:
             wrong.setdefault(spec["fingerprint"], []).append(row["wall_s"] / row["expected_s"])
     return History(
@@ -129,6 +131,12 @@ def gpu_share(expected: Estimate, gpus: float, gpu_memory: float | None, *, spre
     return None
 
 
+def streaming_share(expected: Estimate, gpus: float, gpu_memory: float) -> float | None:
+    """GPUs of a worker for a cell whose blocks come from the host's memory one by one; None when that is short, too."""
+    share = min(gpus, 1)
+    return share if expected.streamed_bytes * SLACK + CONTEXT_BYTES <= share * gpu_memory * 1e9 else None
+
+
 def estimate(
     job: Job,
     cell: Cell,
@@ -152,8 +160,12 @@ def estimate(
     if "weight" in parse_scheme(cell.scheme).sites and cell.calibration:
         operations += layers * sum(2.0 * m * n * n for m, n in shapes)
     same = work(vars(cell), evaluators)
-    memory = {"device_bytes": past.bytes.get(same, needed.peak), "working_bytes": needed.working}
-    memory["working_bytes"] = min(memory.values())
+    whole = past.bytes.get(same, needed.peak)
+    memory = {
+        "device_bytes": whole,
+        "working_bytes": min(whole, needed.working),
+        "streamed_bytes": min(whole, needed.blockwise),
+    }
     known = past.seconds.get(same)
     if known is not None:
         return Estimate(seconds=known, source="store", **memory)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
+from pydantic_core import PydanticCustomError
 
 from qfarm.errors import InvalidInput, JobError, nearest
 from qfarm.margin import Margin, parse_margin
@@ -33,6 +34,13 @@ def _listed(given: object) -> object:
     return [given] if isinstance(given, str) else given
 
 
+def _placeable(gpus: float) -> float:
+    """Ray gives a worker a part of one GPU or several whole ones."""
+    if gpus > 1 and not gpus.is_integer():
+        raise PydanticCustomError("gpus", "input should be a part of one GPU or a whole number of them")
+    return gpus
+
+
 class Calibration(pydantic.BaseModel):
     """Which text a method may look at. GPTQ papers: C4, 128 samples of 2048 tokens."""
 
@@ -46,13 +54,13 @@ class Resources(pydantic.BaseModel):
     """What one worker takes. On a machine without GPUs say `gpus: 0`."""
 
     model_config = FORBID
-    gpus: float = pydantic.Field(1, ge=0, le=1, allow_inf_nan=False)
+    gpus: Annotated[float, pydantic.AfterValidator(_placeable)] = pydantic.Field(1, ge=0, allow_inf_nan=False)
     cpus: int = pydantic.Field(1, ge=1)
     gpu_memory: float | None = pydantic.Field(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="GB of one GPU: small cells then share one, too large ones are refused",
+        description="GB of one GPU: small cells then share one, large ones take several, too large ones are refused",
     )
     price: float | None = pydantic.Field(
         None, ge=0, allow_inf_nan=False, description="of one GPU, or of one worker without GPUs, per hour"

@@ -36,6 +36,7 @@ BATCH_TOKENS = {"calibration": 4096, "evaluation": 2048}  # per forward pass (qf
 # Logits of a chunk (qfarm.predictions), and of how many of them float32 copies are made at once (qfarm.divergence).
 LOGITS, COMPARED = {"cpu": 1 << 24, "cuda": 1 << 27}, {"cpu": 1 << 17, "cuda": 1 << 27}
 COMPARED_BYTES = 24  # of each of these: logits and probabilities of both models, and two differences
+BLOCKS_ELSEWHERE = "blocks "  # so begins the note of an attempt whose model was not on one device as a whole
 SLACK = 1.2  # of what an allocator takes beside (an unpublished value)
 
 
@@ -136,6 +137,13 @@ class Arrangement:
 
     gpus: int
     streamed: bool
+
+    @property
+    def note(self) -> str | None:
+        """For the attempt's row; None where the model lies on one device as a whole."""
+        if self.streamed:
+            return f"{BLOCKS_ELSEWHERE}streamed from the host's memory: the model does not fit on the device"
+        return f"{BLOCKS_ELSEWHERE}spread over {self.gpus} GPUs" if self.gpus > 1 else None
 
 
 def arrange(needed: Needs, gpus: int, room: int, *, movable: bool, short: bool = False) -> Arrangement:

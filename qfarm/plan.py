@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from qfarm.errors import Failure, JobError, Unavailable
-from qfarm.estimate import Estimate, estimate, gpu_share, history, machine_rate
+from qfarm.estimate import Estimate, estimate, gpu_share, history, machine_rate, streaming_share
 from qfarm.evaluate import Evaluator, eval_id
 from qfarm.job import Job, Resources
 from qfarm.matrix import Cell, Invalid, canonical_hash, expand
@@ -161,15 +161,17 @@ def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisio
         to_run = () if hopeless else lacking
         missing = {spec.eval_id: wanted[spec.eval_id][1] for spec in to_run}
         expected = estimate(job, cell, facts(cell.model), missing, past, rate)
-        alone = one_device_rule(Recipe.from_specs(cell.methods), parse_scheme(cell.scheme))
+        alone = _one_device(cell, missing.values())
         share = gpu_share(expected, resources.gpus, resources.gpu_memory, spreads=alone is None)
-        if share is None and missing:
-            most = f"the {resources.gpus:g} GPU(s) of a worker"
-            rule = f"needs about {expected.device_bytes / 1e9:.0f} GB, more than {most}"
-            if alone is not None and resources.gpus > 1:
-                rule = f"needs about {expected.device_bytes / 1e9:.0f} GB, more than one GPU, and {alone}"
-            too_large.append(Invalid(model=cell.model, label=cell.label, rule=rule))
-            continue
+        if share is None and missing and resources.gpu_memory is not None:
+            needs = f"needs about {expected.device_bytes / 1e9:.0f} GB, more than"
+            most = f"{needs} the {resources.gpus:g} GPU(s) of a worker"
+            share = None if alone else streaming_share(expected, resources.gpus, resources.gpu_memory)
+            if share is None:
+                rule = f"{needs} one GPU, and {alone}" if alone else f"{most}, even if its blocks are streamed"
+                too_large.append(Invalid(model=cell.model, label=cell.label, rule=rule))
+                continue
+            notes[f"{cell.label} of {cell.model} {most}: its blocks will be streamed from the host's memory"] = None
         share = resources.gpus if share is None else share
         planned.append(
             PlannedCell(
@@ -183,6 +185,13 @@ def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisio
         )
     invalid = (*matrix.invalid, *dict.fromkeys(not_packed.values()), *too_large)
     return Plan(job=job, cells=tuple(planned), invalid=invalid, notes=(*matrix.notes, *notes))
+
+
+def _one_device(cell: Cell, evaluators: Iterable[Evaluator]) -> str | None:
+    """Why the cell's model has to lie on one device as a whole; None where it need not."""
+    rule = one_device_rule(Recipe.from_specs(cell.methods), parse_scheme(cell.scheme))
+    compares = next((evaluator.name for evaluator in evaluators if evaluator.one_device), None)
+    return rule or (compares and f"{compares} compares blocks that lie on one device")
 
 
 def _not_packed(job: Job, cells: Iterable[Cell]) -> dict[str, Invalid]:

@@ -25,7 +25,6 @@ import importlib
 import importlib.metadata
 import pkgutil
 import reprlib
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeGuard
@@ -383,17 +382,13 @@ class Recipe:
 
 def method_names() -> list[str]:
     """Names of all methods: files of `methods/` and entry points. Imports nothing."""
+    _modules.cache_clear()
     return sorted(_modules())
 
 
+@functools.cache  # for it is asked for every cell of a plan, and reads the metadata of every installed package
 def _modules() -> dict[str, list[str]]:
     """The modules that offer each method: one, unless packages clash."""
-    return _modules_on(tuple(sys.path))
-
-
-@functools.cache
-def _modules_on(path: tuple[str, ...]) -> dict[str, list[str]]:
-    # Asked for every cell of a plan, and every installed package is read for the answer.
     import qfarm.methods
 
     own = [(info.name, f"qfarm.methods.{info.name}") for info in pkgutil.iter_modules(qfarm.methods.__path__)]
@@ -406,7 +401,9 @@ def _modules_on(path: tuple[str, ...]) -> dict[str, list[str]]:
 
 def lookup(name: str) -> type[Method]:
     """The method class of that name. Raises InvalidInput for a name that nothing offers, or more than one package."""
-    modules = _modules()
+    if name not in (modules := _modules()):
+        _modules.cache_clear()  # a file or a package may have come since: notebooks live long
+        modules = _modules()
     if name not in modules:
         raise InvalidInput(f'unknown method "{name}"{nearest(name, sorted(modules))}')
     source, *others = modules[name]

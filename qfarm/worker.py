@@ -150,7 +150,6 @@ class Session:
         self.loaded.offload = short
         if short:
             self._shared, self._observed = {}, KeptObservations()
-            self.note("original weights kept in the host's memory after running out of the device's")
         rooms = self.rooms()
         arranged = Arrangement(gpus=1, streamed=False)
         if rooms:
@@ -162,10 +161,10 @@ class Session:
             self._arranged = None
             self.loaded.place(list(rooms or [self.device])[: arranged.gpus], streamed=arranged.streamed)
             self._arranged = arranged
-        if arranged.streamed:
-            self.note("blocks streamed from the host's memory: the model does not fit on the device")
-        elif arranged.gpus > 1:
-            self.note(f"blocks spread over {arranged.gpus} GPUs")
+        if arranged.note:
+            self.note(arranged.note)
+        if short and not arranged.streamed:  # streaming keeps everything there
+            self.note("original weights kept in the host's memory after running out of the device's")
 
     def rooms(self) -> dict[torch.device, int]:
         """The worker's GPUs with the bytes that it can have of each; none on a CPU."""

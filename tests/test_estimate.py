@@ -12,6 +12,7 @@ from qfarm import estimate
 from qfarm.evaluate import build_evaluator
 from qfarm.job import parse_job
 from qfarm.matrix import Cell
+from qfarm.memory import Arrangement
 from qfarm.report.predicted import predicted
 from qfarm.report.rows import Attempt
 from qfarm.store import Store
@@ -67,6 +68,22 @@ def test_a_correction_is_not_made_of_corrected_or_stored_times(tmp_path: Path) -
     assert expected(rtn, estimate.history(store)).source == "measured rate"
 
 
+@pytest.mark.parametrize("arrangement", [Arrangement(gpus=1, streamed=True), Arrangement(gpus=2, streamed=False)])
+def test_a_model_in_parts_does_not_tell_what_it_takes_in_one(tmp_path: Path, arrangement: Arrangement) -> None:
+    *_, gptq = matrix().cells
+    store = store_with(tmp_path, [gptq], peak_host_bytes=7_000, notes=json.dumps(["else", arrangement.note]))
+    past = estimate.history(store)
+    assert past.bytes == {} and len(past.seconds) == 1
+
+
+@pytest.mark.parametrize(
+    ("streamed_bytes", "gpus", "share"),
+    [(60e9, 1, 1), (60e9, 8, 1), (66e9, 8, None), (30e9, 0.5, 0.5), (33e9, 0.5, None)],
+)
+def test_a_streamed_model_takes_one_gpu(streamed_bytes: float, gpus: float, share: float | None) -> None:
+    assert estimate.streaming_share(of(200e9, streamed_bytes), gpus, 80) == share
+
+
 def test_failed_attempts_predict_nothing(tmp_path: Path) -> None:
     *_, gptq = matrix().cells
     store = store_with(tmp_path, [gptq], outcome="oom", expected_s=1.0, expected_from="measured rate")
@@ -94,7 +111,11 @@ def test_a_cell_takes_the_smallest_share_in_which_it_fits(
 
 def of(device_bytes: float, working_bytes: float = 0) -> estimate.Estimate:
     return estimate.Estimate(
-        seconds=1.0, device_bytes=int(device_bytes), working_bytes=int(working_bytes), source="assumed rate"
+        seconds=1.0,
+        device_bytes=int(device_bytes),
+        working_bytes=int(working_bytes),
+        streamed_bytes=int(working_bytes),
+        source="assumed rate",
     )
 
 

@@ -95,6 +95,11 @@ def test_the_same_evaluation_is_measured_once() -> None:
     assert len(parse_job(JOB + "  - perplexity: {length: 33, text: python-docs}\n", PATH).evaluations) == 2
 
 
+@pytest.mark.parametrize("gpus", [0, 0.25, 1, 8])
+def test_a_worker_takes_a_part_of_a_gpu_or_several(gpus: float) -> None:
+    assert parse_job(JOB + f"resources: {{gpus: {gpus}}}\n", PATH).file.resources.gpus == gpus
+
+
 def test_a_job_of_the_baseline_alone() -> None:
     assert parse_job(changed(methods=None, bits=None), PATH).blocks[0].recipes == ()
 
@@ -186,6 +191,11 @@ FAULTS = {
         changed(calibration="{samples: 0}"),
         6,
         "calibration.samples: input should be greater than or equal to 1, got 0",
+    ),
+    "one and a half gpus": (
+        JOB + "resources: {gpus: 1.5}\n",
+        9,
+        "resources.gpus: input should be a part of one GPU or a whole number of them, got 1.5",
     ),
     "infinite gpus": (JOB + "resources: {gpus: .inf}\n", 9, "resources.gpus: input should be a finite number, got inf"),
     "negative seed": (JOB + "seeds: [-1]\n", 9, "seeds[0]: input should be greater than or equal to 0, got -1"),

@@ -47,7 +47,7 @@ def method(name: str, base: type[Method], **members: object) -> types.ModuleType
 def offer(monkeypatch: pytest.MonkeyPatch, entry_points: Callable[[str], list[importlib.metadata.EntryPoint]]) -> None:
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
     # Nothing is kept of what is installed in truth, and nothing of this afterwards.
-    monkeypatch.setattr(recipes, "_modules_on", inspect.unwrap(recipes._modules_on))
+    monkeypatch.setattr(recipes, "_modules", functools.cache(inspect.unwrap(recipes._modules)))
 
 
 @pytest.fixture(autouse=True)
@@ -103,12 +103,15 @@ def test_a_name_has_one_method(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lookup("rtn").__module__ == "qfarm.methods.rtn" and {"new", "hqq"} <= set(method_names())
 
 
-def test_what_is_installed_is_read_once_for_all_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_installed_is_read_once_for_all_cells_and_again_for_a_new_name(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: asked.append(group) or [])
-    monkeypatch.setattr(recipes, "_modules_on", functools.cache(inspect.unwrap(recipes._modules_on)))
-    assert {lookup("rtn"), lookup("rtn"), parse_recipe("rtn").methods[0].__class__} == {lookup("rtn")}
-    assert asked == ["qfarm.methods"]
+    offer(monkeypatch, lambda group: asked.append(group) or [])
+    assert {lookup("rtn"), lookup("rtn"), type(parse_recipe("rtn").methods[0])} == {lookup("rtn")} and len(asked) == 1
+    with pytest.raises(InvalidInput, match='unknown method "fresh"'):
+        lookup("fresh")
+    assert len(asked) == 2
+    method_names()
+    assert len(asked) == 3
 
 
 def test_a_chain_runs_by_stage_however_it_is_written() -> None:

@@ -42,6 +42,7 @@ class Evaluator:
     version: ClassVar[int] = 1  # raise it when a fix changes results: it enters the evaluation's identity
     runs: ClassVar[tuple[Run, ...]] = RUNS  # those in which it means something
     gate: ClassVar[bool] = False  # runs before the others of its run, none of which is run where it fails
+    one_device: ClassVar[bool] = False  # the model has to lie on one device as a whole
     timed: ClassVar[bool] = False  # its figures are times: never the same twice, and of one machine only
 
     @property

@@ -50,6 +50,7 @@ Found = dict[tuple[int, str, str, str], list[float]]
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Analysis(TextEvaluator):
     runs = ("fake",)  # it looks at weights, which a packed run does not have
+    one_device = True  # it compares a block with its twin
 
     text: Annotated[str, BeforeValidator(reference)] = Field(description="as of perplexity")
     length: int = Field(2048, ge=2, description="tokens per window")
