@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import socket
-import subprocess
-import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +13,8 @@ import packaging.requirements
 import packaging.version
 import pytest
 import yaml
+
+from tests.simulated_aws import simulated_aws
 
 ROOT = Path(__file__).parents[1]
 AWS, ON_PREMISES = ROOT / "cluster.yaml", ROOT / "docs" / "cluster_on_premises.yaml"
@@ -181,29 +179,10 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """moto's AWS, with the instance profile of docs/cluster.md; a key pair goes into a home of our own."""
     import boto3
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-west-2",
-        "HOME": str(tmp_path),
-    }
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            deadline = time.monotonic() + 300
-            while socket.socket().connect_ex(("127.0.0.1", port)):
-                assert server.poll() is None and time.monotonic() < deadline, "moto does not start"
-                time.sleep(0.1)
-            boto3.client("iam").create_instance_profile(InstanceProfileName="qfarm")
-            yield
-        finally:
-            server.kill()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with simulated_aws("us-west-2"):
+        boto3.client("iam").create_instance_profile(InstanceProfileName="qfarm")
+        yield
 
 
 @pytest.mark.slow

@@ -5,10 +5,6 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ from qfarm.objects import CONFLICT, ObjectFolder, check_url, is_url
 from qfarm.pack import merge
 from qfarm.query import query
 from qfarm.store import Store, is_store
+from tests.simulated_aws import simulated_aws
 from tests.test_store import attempt_row, cell_row, document_row, fill, metric_row
 
 URL = "s3://bucket/results"
@@ -191,31 +188,9 @@ def test_no_news_of_running_jobs_in_a_store_of_objects(tmp_path: Path, monkeypat
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """A bucket of moto's S3, and the environment by which clients find it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        patch = pytest.MonkeyPatch()
-        try:
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            deadline = time.monotonic() + 300
-            while socket.socket().connect_ex(("127.0.0.1", port)):
-                assert server.poll() is None and time.monotonic() < deadline, "moto does not start"
-                time.sleep(0.1)
-            fsspec.filesystem("s3", skip_instance_cache=True).mkdir("qfarm-test")
-            yield "s3://qfarm-test"
-        finally:
-            patch.undo()
-            server.kill()
+    with simulated_aws("us-east-1"):
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("qfarm-test")
+        yield "s3://qfarm-test"
 
 
 def race(url: str, start: Any, wins: Any) -> None:
