@@ -410,7 +410,7 @@ def w4_gemm_small(
                 if ZERO == 2:
                     if t % TPG == TPG - 1:  # once per group
                         sz = tl.load(zero + g * N + n, mask=there, other=0.0)
-                        total = tl.load(sums + m * groups + g, mask=m < M, other=0.0)
+                        total = tl.load(sums + m * groups + g, mask=(m < M) & (g + 0 * m < groups), other=0.0)
                         acc -= sz[None, :] * total[:, None]
     out = y + part_k * M * tl.cast(N, tl.int64)
     tl.store(out + m[:, None] * tl.cast(N, tl.int64) + n[None, :], acc, mask=above & inside[None, :])

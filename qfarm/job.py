@@ -273,11 +273,6 @@ def _resolve(file: JobFile, path: str, where: _Locator) -> Job:
 def _check_runs(job: Job, where: _Locator) -> None:
     if not job.runs:
         raise JobError(f"{where('run')}: empty; use {', '.join(RUNS)} or both")
-    if "packed" in job.runs and job.file.resources.gpus:
-        raise JobError(
-            f"{where('run')}: packed runs on CPUs only, no kernel is called on GPUs yet; "
-            f"write resources: {{gpus: 0}}, not {job.file.resources.gpus:g}"
-        )
     for evaluation in job.evaluations:
         if not set(evaluation.runs) & set(job.runs):
             able, asked = " and ".join(evaluation.runs), " and ".join(job.runs)

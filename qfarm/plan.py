@@ -14,7 +14,7 @@ from qfarm.job import Job, Resources
 from qfarm.matrix import Cell, Invalid, canonical_hash, expand
 from qfarm.models.reference import PROVISIONAL, ModelFacts, resolve
 from qfarm.recipe import Recipe, Stage, build_method, solves_blocks
-from qfarm.runs import Run, one_device_rule, packed_refusal
+from qfarm.runs import ON, Run, one_device_rule, packed_refusal
 from qfarm.scheme import parse_scheme
 from qfarm.store import Store
 from qfarm.text import Part, text_hash
@@ -161,7 +161,7 @@ def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisio
         to_run = () if hopeless else lacking
         missing = {spec.eval_id: wanted[spec.eval_id][1] for spec in to_run}
         expected = estimate(job, cell, facts(cell.model), missing, past, rate)
-        alone = _one_device(cell, missing.values())
+        alone = _one_device(cell, missing.values(), runs)
         share = gpu_share(expected, resources.gpus, resources.gpu_memory, spreads=alone is None)
         if share is None and missing and resources.gpu_memory is not None:
             needs = f"needs about {expected.device_bytes / 1e9:.0f} GB, more than"
@@ -187,8 +187,10 @@ def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisio
     return Plan(job=job, cells=tuple(planned), invalid=invalid, notes=(*matrix.notes, *notes))
 
 
-def _one_device(cell: Cell, evaluators: Iterable[Evaluator]) -> str | None:
+def _one_device(cell: Cell, evaluators: Iterable[Evaluator], runs: Iterable[Run]) -> str | None:
     """Why the cell's model has to lie on one device as a whole; None where it need not."""
+    if "packed" in runs:
+        return "a packed run has its layers on one device"
     rule = one_device_rule(Recipe.from_specs(cell.methods), parse_scheme(cell.scheme))
     compares = next((evaluator.name for evaluator in evaluators if evaluator.one_device), None)
     return rule or (compares and f"{compares} compares blocks that lie on one device")
@@ -281,6 +283,8 @@ def _spec(
     evaluator: Evaluator, tokenizer: str, dtype: str, hash_of: Any, *, kv: bool, run: Run, resources: Resources
 ) -> EvaluationSpec:
     protocol = evaluator.protocol(tokenizer, dtype, hash_of, kv=kv, run=run)
+    if run == "packed" and resources.gpus:  # other operators multiply there
+        protocol[ON] = "gpu"
     if evaluator.timed:  # so that a store can hold several; what the machine turns out to be stands in the row
         protocol["worker"] = {"gpus": resources.gpus, "cpus": resources.cpus}
     told = run == "packed" and len(evaluator.runs) > 1  # where the name alone does not say it

@@ -39,7 +39,7 @@ from qfarm.quantized import QuantizedWeight
 from qfarm.quantizer import Grid
 from qfarm.recipe import Method, Recipe, WeightSolver, build_method
 from qfarm.record import AnalysisRow, AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow, utc_now
-from qfarm.runs import one_device_rule, run_of
+from qfarm.runs import ON, one_device_rule, run_of
 from qfarm.scheme import UNTOUCHED, Scheme, parse_scheme
 from qfarm.shared import KeptObservations, SharedStatistics, fits, needed_bytes, spare_bytes
 from qfarm.store import Store
@@ -362,9 +362,10 @@ def _gpu_peak() -> int:
 
 def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: list[tuple[str, float]]) -> float:
     cell = task.cell
-    packs = any(run_of(spec.protocol) == "packed" for spec in task.evaluations)
-    if packs:
-        refuse_device(session.device)
+    packed = [spec.protocol for spec in task.evaluations if run_of(spec.protocol) == "packed"]
+    packs = bool(packed)
+    for protocol in packed:
+        refuse_device(session.device, protocol.get(ON, "cpu"))
     with clock("load"):
         session.begin(cell, task.shrink, task.share)
     evaluators = [(spec, build_evaluator(spec.name, spec.options)) for spec in task.evaluations]
@@ -374,8 +375,9 @@ def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: lis
                 session.require_text(name, part, spec.protocol["texts"][f"{public_name(name)}/{part}"])
             with _reading_cache(session, spec):
                 evaluator.prepare(session)
-    if session.keep_twins and session.loaded.placement is not None:
-        raise InvalidInput("analysis compares blocks that lie on one device; this model's are spread or streamed")
+    if (session.keep_twins or packs) and session.loaded.placement is not None:
+        needs_one = "a packed run has its layers" if packs else "analysis compares blocks that lie"
+        raise InvalidInput(f"{needs_one} on one device; this model's are spread or streamed")
     weights: dict[str, QuantizedWeight] = {}
     with clock("quantize" if cell.calibration is None else "calibrate + quantize") as progress:
         layers, installed = quantize_cell(session, progress, weights.__setitem__ if packs else None)

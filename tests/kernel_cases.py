@@ -6,19 +6,23 @@ imported and would reach every other test otherwise. It reads names of cases and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qfarm.kernels import pack, reference
+from qfarm.kernels import ops, pack, reference
+from qfarm.layers import kernel_products
+from qfarm.layers.rtn import Symmetric
+from qfarm.quantized import UniformWeight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -474,6 +478,72 @@ def ptx_unpacks_every_half_word(bits: int, device: str) -> None:
         for element, word in enumerate(words):
             code = (word >> (bits * i)) & mask
             assert (values[:, element] == 1024 + code * 2.0 ** (bits * place)).all()
+
+
+# -- layers of packed runs --------------------------------------------------------------------------------------------
+
+ROUNDED = {torch.float32: GEMV, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # outputs have the dtype of the inputs
+
+
+def draw_uniform(rows: int, columns: int, bits: int, group: int, zero: str, device: str, grouped: bool = False) -> Any:
+    """A weight as a solver leaves it: codes of every value, scales in bfloat16 or float16."""
+    generator, groups = torch.manual_seed(bits), columns // group
+    zeros = None
+    if zero == "integer":
+        zeros = torch.randint(0, 2**bits, (rows, groups), generator=generator).to(torch.uint8).to(device)
+    elif zero == "real":
+        zeros = ((2**bits - 1) * torch.rand(rows, groups, generator=generator)).half().to(device)
+    scale = 0.01 + 0.02 * torch.rand(rows, groups, generator=generator)
+    return UniformWeight(
+        codes=torch.randint(0, 2**bits, (rows, columns), generator=generator).to(torch.uint8).to(device),
+        scale=scale.to(torch.bfloat16 if bits == 3 else torch.float16).to(device),
+        zero=zeros,
+        bits=bits,
+        group_size=group,
+        g_idx=torch.arange(columns).remainder(groups).to(torch.int32).to(device) if grouped else None,
+    )
+
+
+@contextlib.contextmanager
+def kernels_wherever_tensors_lie() -> Iterator[None]:
+    """Inside, `qfarm.kernels.ops` takes the kernels on the interpreter's CPU as on a GPU."""
+    before = ops.choose
+    ops.choose = lambda x, backend, on_cpu: "triton"
+    try:
+        yield
+    finally:
+        ops.choose = before
+
+
+@over(
+    bits=[2, 3, 4, 5, 8],
+    zero=["none", "integer", "real"],
+    dtype=[torch.float32, torch.float16, torch.bfloat16],
+    tokens=[1, 3],
+)
+def a_packed_layer_multiplies_by_the_values_of_its_codes(
+    bits: int, zero: str, dtype: torch.dtype, tokens: int, device: str
+) -> None:
+    for group, grouped in ((64, False), (192, False), (64, True)):
+        weight = draw_uniform(40, 192, bits, group, zero, device, grouped)
+        product = kernel_products.TileProduct.build(weight)
+        assert product is not None
+        x = draw(1, tokens, 192, dtype=dtype, device=device)
+        with kernels_wherever_tensors_lie():
+            found = product(x)
+        assert found.dtype == dtype
+        close(found, x.double() @ weight.dequantize().double().T, ROUNDED[dtype])
+
+
+@over(bits=[4, 8], zero=["none", "integer", "real"], dtype=[torch.float32, torch.bfloat16])
+def a_packed_layer_multiplies_codes_of_its_inputs(bits: int, zero: str, dtype: torch.dtype, device: str) -> None:
+    weight = draw_uniform(40, 200, bits, 200, zero, device)
+    quantize = Symmetric(bits=8)
+    x = draw(2, 3, 200, dtype=dtype, device=device)
+    codes, scale = quantize.codes(x)
+    found = kernel_products.Int8Product.build(weight, quantize.codes)(x)
+    assert found.dtype == dtype
+    close(found, (codes.double() * scale.double()) @ weight.dequantize().double().T, ROUNDED[dtype])
 
 
 # -- the process ------------------------------------------------------------------------------------------------------

@@ -78,12 +78,22 @@ def test_the_run_is_part_of_an_evaluations_identity_and_changes_no_other(tmp_pat
     assert "products" not in specs[0].protocol and specs[1].protocol["products"] == 1
 
 
+def test_products_of_a_gpu_are_another_protocol_and_never_a_cpus(tmp_path: Path, tiny: Path) -> None:
+    plans = [
+        Farm(tmp_path / str(gpus), make_job(tiny, job(tiny, resources=f"{{{{gpus: {gpus}}}}}"))) for gpus in (0, 1)
+    ]
+    ids = [[[spec.eval_id for spec in one.missing] for one in farm.plan().cells] for farm in plans]
+    assert [fake for fake, _ in ids[0]] == [fake for fake, _ in ids[1]]
+    assert not {packed for _, packed in ids[0]} & {packed for _, packed in ids[1]}
+    outcome = plans[1].run(1)
+    assert "planned for a GPU, but this worker is on cpu" in str(outcome.error) and not plans[1].table("cells")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"run": "kernel"}, r"line 7: run\[0\]: input should be 'fake' or 'packed'.* got 'kernel'"),
         ({"run": "[]"}, "line 7: run: empty; use fake, packed or both"),
-        ({"resources": "{{gpus: 1}}"}, r"line 7: run: packed runs on CPUs only, .* write resources: {gpus: 0}, not 1"),
         (
             {"run": "packed", "evaluate": "[analysis: {{text: python-docs}}]"},
             r"line 7: run: analysis is measured in run: fake, not packed; \[fake, packed\] has both",

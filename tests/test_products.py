@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from typing import Any
 
 import pytest
@@ -89,15 +90,24 @@ def test_sums_of_codes_stay_below_what_int32_holds() -> None:
     assert SUMS * 127 * 128 < 2**31 <= (SUMS + 1) * 127 * 128
 
 
-def test_weights_without_uniform_codes_and_gpus_are_refused_by_name() -> None:
+def test_weights_without_uniform_codes_and_other_devices_are_refused_by_name() -> None:
     @dataclasses.dataclass(kw_only=True)
     class Levels:
         solver: str = "mine"
 
     with pytest.raises(InvalidInput, match="mine makes a Levels, whose codes no operator multiplies"):
         product_of(Levels(), None, torch.bfloat16, Sharing())
-    with pytest.raises(InvalidInput, match=r"packed on cuda: no kernel is called there yet .* run: fake"):
-        refuse_device(torch.device("cuda"))
+    with pytest.raises(InvalidInput, match="packed on mps: there are products for cpu and cuda; run: fake"):
+        refuse_device(torch.device("mps"))
+    with pytest.raises(InvalidInput, match="packed was planned for a GPU, but this worker is on cpu"):
+        refuse_device(torch.device("cpu"), "gpu")
+    refuse_device(torch.device("cpu"), "cpu")
+
+
+def test_a_gpu_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InvalidInput, match="packed on a GPU needs triton, which is not installed; run: fake"):
+        refuse_device(torch.device("cuda"), "gpu")
 
 
 # -- what they compute ------------------------------------------------------------------------------------------------

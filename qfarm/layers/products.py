@@ -11,7 +11,7 @@ that are stored. int8 holds one code per byte, whatever the width. Inputs that n
 as in the simulation, in floating point. Each product says all of that in `path`.
 
 w8 reads beyond its rows where the inputs are no multiple of 16 (torch 2.13: a segmentation fault, or rubbish): such
-layers are unpacked. On GPUs there are no products yet: `refuse_device`.
+layers are unpacked. These are for CPUs; on GPUs `qfarm.layers.kernel_products` takes the place of the first three.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from qfarm.errors import InvalidInput
+from qfarm.layers import kernel_products
 from qfarm.layers.linear import ReadBySeveral, as_given
+from qfarm.layers.operands import Coded, by_row, nbytes, signed, signed_zero
 from qfarm.layers.packing import pack_codes, unpack_codes
 from qfarm.layers.rtn import Quantizer, Symmetric
 from qfarm.quantized import ColumnScaled, LowRank, QuantizedWeight, UniformWeight, apart
@@ -33,7 +35,6 @@ INT4_GROUPS = (32, 64, 128, 256)
 INT4_ROWS = 16  # rows come in blocks of so many
 W8_INPUTS = 16  # the same for inputs
 SUMS = (2**31 - 1) // (127 * 128)  # products of two codes that int32 always holds
-Coded = tuple[Tensor, Tensor]  # codes int8 [..., n], scales float32 [..., 1]
 
 
 class Product(Protocol):
@@ -68,13 +69,15 @@ class Sharing:
         return self._made[id(quantize)][1]
 
 
-def refuse_device(device: torch.device) -> None:
-    """Raises InvalidInput where nothing multiplies packed codes."""
-    if device.type != "cpu":
-        raise InvalidInput(
-            f"run: packed on {device.type}: no kernel is called there yet (they stand in qfarm.kernels.ops); "
-            "CUDA_VISIBLE_DEVICES= runs it on the CPU, run: fake measures accuracy"
-        )
+def refuse_device(device: torch.device, planned: str = "") -> None:
+    """Raises InvalidInput where nothing multiplies packed codes, or what does is not what was `planned` (cpu, gpu)."""
+    kind = {"cpu": "cpu", "cuda": "gpu"}.get(device.type)
+    if kind is None:
+        raise InvalidInput(f"run: packed on {device.type}: there are products for cpu and cuda; run: fake has accuracy")
+    if planned and planned != kind:
+        raise InvalidInput(f"run: packed was planned for a {planned.upper()}, but this worker is on {device.type}")
+    if kind == "gpu":
+        kernel_products.require_triton()
 
 
 def product_of(quantized: QuantizedWeight, quantize: Quantizer | None, dtype: torch.dtype, sharing: Sharing) -> Product:
@@ -87,11 +90,13 @@ def product_of(quantized: QuantizedWeight, quantize: Quantizer | None, dtype: to
         kinds = type(quantized).__name__
         raise InvalidInput(f"run: packed: {quantized.solver} makes a {kinds}, whose codes no operator multiplies")
     weight, codes = parts.base, sharing.codes(quantize)
-    plain = parts.factor is None and not parts.terms
+    plain, on_gpu = parts.factor is None and not parts.terms, weight.codes.is_cuda
     if plain and codes is not None and _takes_int8(weight):
-        return Int8Product.build(weight, codes)
-    inner: Int4Product | W8Product | None = None
-    if _takes_int4(weight, dtype):
+        return (kernel_products.Int8Product if on_gpu else Int8Product).build(weight, codes)
+    inner: Product | None = None
+    if on_gpu:
+        inner = kernel_products.TileProduct.build(weight)
+    elif _takes_int4(weight, dtype):
         inner = Int4Product.build(weight, dtype)
     elif _takes_w8(weight, dtype):
         inner = W8Product.build(weight, dtype)
@@ -143,20 +148,6 @@ def _takes_w8(weight: UniformWeight, dtype: torch.dtype) -> bool:
     return weight.bits == 8 and weight.zero is None and fits and dtype == torch.bfloat16
 
 
-def _by_row(values: Tensor, rows: int) -> Tensor:
-    """[rows, groups], also where one grid serves the whole matrix."""
-    return values.expand(rows, values.shape[1])
-
-
-def _signed(weight: UniformWeight) -> Tensor:
-    """Codes minus half their range, int8 [rows, columns]."""
-    return (weight.codes.to(torch.int16) - (1 << (weight.bits - 1))).to(torch.int8)
-
-
-def _bytes(*tensors: Tensor | None) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Int8Product:
     """y = s_x s_w (sum q_x q_w - z sum q_x), q_w and z counted from the middle of their range."""
@@ -170,12 +161,11 @@ class Int8Product:
     @staticmethod
     def build(weight: UniformWeight, inputs: Callable[[Tensor], Coded]) -> Int8Product:
         rows = len(weight.codes)
-        zero = None if weight.zero is None else _by_row(weight.zero, rows)[:, 0].float() - 2.0 ** (weight.bits - 1)
         return Int8Product(
             inputs=inputs,
-            codes=_signed(weight).contiguous(),
-            scale=_by_row(weight.scale, rows)[:, 0].float().contiguous(),
-            zero=zero,
+            codes=signed(weight).contiguous(),
+            scale=by_row(weight.scale, rows)[:, 0].float().contiguous(),
+            zero=signed_zero(weight),
             bits=weight.bits,
         )
 
@@ -194,7 +184,7 @@ class Int8Product:
         return y.reshape(*x.shape[:-1], -1)
 
     def nbytes(self) -> int:
-        return _bytes(self.codes, self.scale, self.zero)
+        return nbytes(self.codes, self.scale, self.zero)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,11 +198,11 @@ class Int4Product:
     @staticmethod
     def build(weight: UniformWeight, dtype: torch.dtype) -> Int4Product:
         rows, columns = weight.shape
-        scale = _by_row(weight.scale, rows).to(dtype)
+        scale = by_row(weight.scale, rows).to(dtype)
         # Of the rounded scale, so that codes at the zero point stay as near to 0 as the dtype allows.
         offset = torch.zeros_like(scale)
         if weight.zero is not None:
-            offset = (scale.float() * (8.0 - _by_row(weight.zero, rows).float())).to(dtype)
+            offset = (scale.float() * (8.0 - by_row(weight.zero, rows).float())).to(dtype)
         return Int4Product(
             words=torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes.to(torch.int32).contiguous(), 1),
             scales=torch.stack([scale.T, offset.T], dim=-1).contiguous(),
@@ -230,7 +220,7 @@ class Int4Product:
         return y.reshape(*x.shape[:-1], -1)
 
     def nbytes(self) -> int:
-        return _bytes(self.words, self.scales)
+        return nbytes(self.words, self.scales)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,8 +232,8 @@ class W8Product:
 
     @staticmethod
     def build(weight: UniformWeight, dtype: torch.dtype) -> W8Product:
-        scale = _by_row(weight.scale, len(weight.codes))[:, 0].to(dtype)
-        return W8Product(codes=_signed(weight).contiguous(), scale=scale.contiguous())
+        scale = by_row(weight.scale, len(weight.codes))[:, 0].to(dtype)
+        return W8Product(codes=signed(weight).contiguous(), scale=scale.contiguous())
 
     @property
     def path(self) -> str:
@@ -254,14 +244,14 @@ class W8Product:
         return y.reshape(*x.shape[:-1], -1)
 
     def nbytes(self) -> int:
-        return _bytes(self.codes, self.scale)
+        return nbytes(self.codes, self.scale)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Around:
     """An operator's product of rounded inputs, times one factor per input column, with low-rank terms beside it."""
 
-    inner: Int4Product | W8Product
+    inner: Product
     quantize: Quantizer
     factor: Tensor | None  # [in]
     terms: tuple[tuple[Tensor, Tensor], ...]  # left [out, rank], right [rank, in]
@@ -280,7 +270,7 @@ class Around:
         return y
 
     def nbytes(self) -> int:
-        return self.inner.nbytes() + _bytes(self.factor, *(part for pair in self.terms for part in pair))
+        return self.inner.nbytes() + nbytes(self.factor, *(part for pair in self.terms for part in pair))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -331,8 +321,8 @@ def _with_base(tree: QuantizedWeight, base: UniformWeight) -> QuantizedWeight:
 def _held(tree: QuantizedWeight) -> int:
     """Bytes of a weight's tensors as they lie in memory."""
     if isinstance(tree, ColumnScaled):
-        return _held(tree.base) + _bytes(tree.factor)
+        return _held(tree.base) + nbytes(tree.factor)
     if isinstance(tree, LowRank):
-        return _held(tree.base) + (0 if tree.branch else _bytes(tree.left, tree.right))
+        return _held(tree.base) + (0 if tree.branch else nbytes(tree.left, tree.right))
     assert isinstance(tree, UniformWeight)
-    return _bytes(tree.codes, tree.scale, tree.zero, tree.g_idx)
+    return nbytes(tree.codes, tree.scale, tree.zero, tree.g_idx)
