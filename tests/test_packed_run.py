@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from qfarm.errors import InvalidInput, JobError
+from qfarm.errors import Disagreement, InvalidInput, JobError
 from qfarm.evaluate.crosscheck import Crosscheck
+from qfarm.layers import packed_run, products
 from qfarm.layers.packed_run import PackedLinear, PackedModel, weight_bytes
 from qfarm.layers.products import Int4Product
 from qfarm.quantized import QuantizedWeight
@@ -188,6 +190,43 @@ def test_a_packed_model_gives_the_simulations_logits(
     farm.session.packed = packed
     with packed.running(True), torch.no_grad():
         Crosscheck(length=24, windows=1).run(farm.session, lambda done, total: None)  # raises Disagreement
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"methods": "[gptq: {{act_order: true}}]"},
+        {"methods": "[hqq]", "bits": "[w3]"},
+        {"methods": "[sinq+qera]", "bits": "[w5]", "group_sizes": "[-1]"},
+        {"methods": "[svdquant]", "bits": "[w4a4]"},
+    ],
+    ids=lambda changes: changes["methods"],
+)
+def test_a_gpus_tiles_give_the_simulations_logits(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str]
+) -> None:
+    """The layers of a GPU, with torch's arithmetic in place of the kernels, which tests/test_kernels.py checks."""
+    there = functools.partial(products.product_of, device=torch.device("cuda"))
+    monkeypatch.setattr(packed_run, "product_of", lambda *given: there(*given[:4]))
+    farm, packed = packed_model(tmp_path, tiny, **changes)
+    assert {layer.product.path.partition(" ")[0] for layer in packed.layers.values()} == {"tiles"}
+    farm.session.packed = packed
+    with packed.running(True), torch.no_grad():
+        Crosscheck(length=24, windows=1).run(farm.session, lambda done, total: None)  # raises Disagreement
+    packed.layers["model.layers.0.mlp.down_proj"].product.inner.weight.words[0].add_(1)
+    with packed.running(True), torch.no_grad(), pytest.raises(Disagreement):
+        Crosscheck(length=24, windows=1).run(farm.session, lambda done, total: None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: its layers ran with torch's arithmetic")
+def test_packed_cells_on_a_gpu(tmp_path: Path, tiny: Path) -> None:
+    evaluate = "[crosscheck: {{length: 24, windows: 1}}, perplexity: {{text: python-docs, length: 64, windows: 4}}]"
+    changes = {"methods": "[rtn, smoothquant]", "bits": "[w4, w3, w8a8]", "resources": "{{gpus: 1}}"}
+    farm = Farm(tmp_path / "store", make_job(tiny, job(tiny, evaluate=evaluate, **changes)))
+    run_all(farm)
+    notes = " ".join(row["notes"] for row in farm.table("attempts"))
+    assert "packed: tiles (qfarm.kernels, 3-bit)" in notes and "packed: int8 (qfarm.kernels)" in notes
 
 
 def test_float_weights_are_not_there_in_a_packed_run(tmp_path: Path, tiny: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qfarm.errors import InvalidInput
+from qfarm.kernel_bytes import kernel_bytes
 from qfarm.layers.linear import Multiplied, ReadBySeveral
 from qfarm.layers.products import (
     SUMS,
@@ -54,8 +55,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return x.double() @ weight.double().T
 
 
-def path(weight: QuantizedWeight, quantize: Any = None, dtype: torch.dtype = torch.bfloat16) -> str:
-    return product_of(weight, quantize, dtype, Sharing()).path.partition(" ")[0]
+def path(
+    weight: QuantizedWeight, quantize: Any = None, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
+) -> str:
+    return product_of(weight, quantize, dtype, Sharing(), torch.device(device)).path.partition(" ")[0]
 
 
 # -- which weight takes which -----------------------------------------------------------------------------------------
@@ -84,6 +87,33 @@ def path(weight: QuantizedWeight, quantize: Any = None, dtype: torch.dtype = tor
 )
 def test_the_path_that_a_weight_takes(weight: UniformWeight, quantize: Any, dtype: torch.dtype, wanted: str) -> None:
     assert path(weight, quantize, dtype) == wanted
+
+
+@pytest.mark.parametrize(
+    ("weight", "quantize", "wanted"),
+    [
+        (uniform(24, 64, 4, 16), None, "tiles"),
+        (uniform(24, 64, 3, 32, "real"), Symmetric(bits=8), "tiles"),
+        (uniform(24, 64, 5, 64, "none"), None, "tiles"),
+        (uniform(24, 64, 4, 32, g_idx=True), None, "tiles"),
+        (uniform(24, 48, 8, 48), Symmetric(bits=8), "int8"),
+        (uniform(24, 64, 4, 8), None, "unpack"),  # a group that is part of a plane of 16
+        (uniform(24, 96, 4, 48), None, "unpack"),  # a group that lies across two tiles
+    ],
+)
+def test_the_path_that_a_weight_takes_on_a_gpu(weight: UniformWeight, quantize: Any, wanted: str) -> None:
+    assert path(weight, quantize, device="cuda") == wanted
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("zero", ["none", "integer", "real"])
+def test_tiles_hold_the_values_that_codes_stand_for_and_the_bytes_that_are_told(bits: int, zero: str) -> None:
+    for weight in (uniform(20, 128, bits, 64, zero), uniform(20, 96, bits, 32, zero, g_idx=True)):
+        product = product_of(weight, None, torch.float32, Sharing(), torch.device("cuda"))
+        tiles, told = product.inner.weight, kernel_bytes(weight)
+        assert torch.equal(tiles.dequantize(torch.float32), weight.dequantize())
+        order = 0 if tiles.order is None else tiles.order.nbytes - weight.g_idx.nbytes
+        assert product.nbytes() == told.total + order
 
 
 def test_sums_of_codes_stay_below_what_int32_holds() -> None:

@@ -65,7 +65,7 @@ class PackedModel:
             if isinstance(quantize, Multiplier):
                 raise InvalidInput(f"run: packed: {name}: its quantizer multiplies in an arithmetic of its own")
             quantize = None if quantize is as_given else quantize
-            product = product_of(weight, quantize, loaded.dtype, sharing)
+            product = product_of(weight, quantize, loaded.dtype, sharing, loaded.device)
             self._simulated[name], self.layers[name] = linear, PackedLinear.around(linear, product)
 
     @contextlib.contextmanager

@@ -31,6 +31,7 @@ from qfarm.layers.packing import pack_codes, unpack_codes
 from qfarm.layers.rtn import Quantizer, Symmetric
 from qfarm.quantized import ColumnScaled, LowRank, QuantizedWeight, UniformWeight, apart
 
+CPU = torch.device("cpu")
 INT4_GROUPS = (32, 64, 128, 256)
 INT4_ROWS = 16  # rows come in blocks of so many
 W8_INPUTS = 16  # the same for inputs
@@ -80,8 +81,14 @@ def refuse_device(device: torch.device, planned: str = "") -> None:
         kernel_products.require_triton()
 
 
-def product_of(quantized: QuantizedWeight, quantize: Quantizer | None, dtype: torch.dtype, sharing: Sharing) -> Product:
-    """The product for a layer's weight, inputs quantized by `quantize`, in a model of `dtype`.
+def product_of(
+    quantized: QuantizedWeight,
+    quantize: Quantizer | None,
+    dtype: torch.dtype,
+    sharing: Sharing,
+    device: torch.device = CPU,
+) -> Product:
+    """The product for a layer's weight, inputs quantized by `quantize`, in a model of `dtype` on a device.
 
     Raises InvalidInput for weights that are not codes on a uniform grid.
     """
@@ -90,7 +97,7 @@ def product_of(quantized: QuantizedWeight, quantize: Quantizer | None, dtype: to
         kinds = type(quantized).__name__
         raise InvalidInput(f"run: packed: {quantized.solver} makes a {kinds}, whose codes no operator multiplies")
     weight, codes = parts.base, sharing.codes(quantize)
-    plain, on_gpu = parts.factor is None and not parts.terms, weight.codes.is_cuda
+    plain, on_gpu = parts.factor is None and not parts.terms, device.type == "cuda"
     if plain and codes is not None and _takes_int8(weight):
         return (kernel_products.Int8Product if on_gpu else Int8Product).build(weight, codes)
     inner: Product | None = None
