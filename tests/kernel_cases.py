@@ -515,15 +515,9 @@ def kernels_wherever_tensors_lie() -> Iterator[None]:
         ops.choose = before
 
 
-@over(
-    bits=[2, 3, 4, 5, 8],
-    zero=["none", "integer", "real"],
-    dtype=[torch.float32, torch.float16, torch.bfloat16],
-    tokens=[1, 3],
-)
-def a_packed_layer_multiplies_by_the_values_of_its_codes(
-    bits: int, zero: str, dtype: torch.dtype, tokens: int, device: str
-) -> None:
+@over(bits=[2, 3, 4, 5, 8], zero=["none", "integer", "real"], rows=["1 float32", "3 float16", "3 bfloat16"])
+def a_packed_layer_multiplies_by_the_values_of_its_codes(bits: int, zero: str, rows: str, device: str) -> None:
+    tokens, dtype = int(rows.split()[0]), getattr(torch, rows.split()[1])
     for group, grouped in ((64, False), (192, False), (64, True)):
         weight = draw_uniform(40, 192, bits, group, zero, device, grouped)
         product = kernel_products.TileProduct.build(weight)
