@@ -68,9 +68,6 @@ class BPDQ(WeightSolver):
         "report", description="when RTN has the smaller error on ordinary tokens: say so, or use RTN"
     )
 
-    def packed_refusal(self) -> str | None:
-        return "its bit planes with shared coefficients have no packed operator"
-
     def refusal(self, group_size: int, symmetric: bool) -> str | None:
         return "the levels of a group are free, not symmetric; use symmetric: false" if symmetric else None
 
@@ -133,6 +130,9 @@ class BitPlaneWeight:
         words = [pack_bits((self.codes >> plane) & 1, 1) for plane in range(self.bits)]  # k x [rows, words]
         planes = torch.stack(words).permute(2, 0, 1).contiguous()  # [words, k, rows]
         return {"weight_planes": planes, "weight_coefficients": self.coefficients.contiguous()}
+
+    def sign_planes(self) -> tuple[Tensor, Tensor | None]:
+        return signed_planes(self.coefficients.float().permute(2, 0, 1))
 
     def row_range(self, start: int, stop: int) -> BitPlaneWeight:
         coefficients = self.coefficients[:, :, start:stop]

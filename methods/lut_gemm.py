@@ -72,9 +72,6 @@ class LUTGEMM(WeightSolver):
     feedback: bool = Field(False, description="push rounding errors onto later columns, as GPTQ does")
     damping: float = Field(0.01, gt=0, description="with feedback: added to diag(H), as a fraction of its mean")
 
-    def packed_refusal(self) -> str | None:
-        return "its binary codes have no packed operator here (their kernel is a table look-up)"
-
     def refusal(self, group_size: int, symmetric: bool) -> str | None:
         if self.start == "uniform" and not self.offset:
             return "start: uniform needs offset: true, since its levels are not centred on 0"
@@ -149,6 +146,9 @@ class BinaryCodedWeight:
         if self.offset is not None:
             tensors["weight_offset"] = self.offset.T.contiguous()
         return tensors
+
+    def sign_planes(self) -> tuple[Tensor, Tensor | None]:
+        return self.alpha, self.offset
 
     def row_range(self, start: int, stop: int) -> BinaryCodedWeight:
         offset = None if self.offset is None else self.offset[start:stop]

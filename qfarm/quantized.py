@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,6 +42,17 @@ class QuantizedWeight(Protocol):
 
     def row_range(self, start: int, stop: int) -> QuantizedWeight:
         """The same for rows [start, stop), for layers that were solved as one stacked matrix."""
+        ...
+
+
+@runtime_checkable
+class SignPlanes(QuantizedWeight, Protocol):
+    """Codes whose bits are signs of planes, each with a factor per row and group."""
+
+    codes: Tensor  # uint8 [rows, columns]; bit i belongs to plane i
+
+    def sign_planes(self) -> tuple[Tensor, Tensor | None]:
+        """Factors [rows, groups, bits], + where bit i is set and - where not, and an offset [rows, groups]: the sum."""
         ...
 
 

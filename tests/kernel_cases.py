@@ -22,6 +22,7 @@ from torch import Tensor
 from qfarm.kernels import ops, pack, reference
 from qfarm.layers import kernel_products
 from qfarm.layers.rtn import Symmetric
+from qfarm.methods.lut_gemm import BinaryCodedWeight
 from qfarm.quantized import UniformWeight
 
 
@@ -527,6 +528,28 @@ def a_packed_layer_multiplies_by_the_values_of_its_codes(bits: int, zero: str, r
             found = product(x)
         assert found.dtype == dtype
         close(found, x.double() @ weight.dequantize().double().T, ROUNDED[dtype])
+
+
+@over(offset=[True, False], group=[64, 40], rows=["1 float32", "3 bfloat16", "5 float16"])
+def a_packed_layer_multiplies_by_sign_planes(offset: bool, group: int, rows: str, device: str) -> None:
+    tokens, dtype = int(rows.split()[0]), getattr(torch, rows.split()[1])
+    columns, generator = 64 * 3 if group == 64 else group, torch.manual_seed(group)  # 40: whole rows, an open word
+    alpha, low = torch.rand(20, columns // group, 3, generator=generator), None
+    if offset:
+        low = torch.rand(20, columns // group, generator=generator).half().to(device)
+    weight = BinaryCodedWeight(
+        codes=torch.randint(0, 8, (20, columns), generator=generator).to(torch.uint8).to(device),
+        alpha=alpha.half().to(device),
+        offset=low,
+        group_size=group,
+    )
+    product = kernel_products.PlaneProduct.build(weight)
+    assert product is not None
+    x = draw(1, tokens, columns, dtype=dtype, device=device)
+    with kernels_wherever_tensors_lie():
+        found = product(x)
+    # Beyond four tokens the weight is rounded to the dtype of the inputs as well.
+    close(found, x.double() @ weight.dequantize().double().T, ROUNDED[dtype] * (1 if tokens < 5 else 4))
 
 
 @over(bits=[4, 8], zero=["none", "integer", "real"], dtype=[torch.float32, torch.bfloat16])

@@ -127,12 +127,8 @@ def test_rules_by_method_and_scheme() -> None:
     def rule(recipe: object, scheme: str) -> str | None:
         return packed_refusal(parse_recipe(recipe), parse_scheme(scheme))
 
-    refused = {
-        name
-        for name in method_names()
-        if rule({name: {"importance": 0.0}} if name == "lut_gemm" else name, "w8a8") is not None
-    }
-    assert refused == {"bpdq", "llm_int8", "lut_gemm", "ptq161", "qrazor", "resq", "spqr"}
+    refused = {name for name in method_names() if rule(name, "w8a8") is not None}
+    assert refused == {"llm_int8", "ptq161", "qrazor", "resq", "spqr"}
     assert rule("gptq", "w4a8kv4") is None and rule("kivi", "kv2") is None
     assert rule("qrazor", "kv4") is None  # its cache holds codes; the weights are not its own here
     act = {"act": {"sites": {"k": {"granularity": "token"}}}}
@@ -175,6 +171,8 @@ def logits(farm: Farm, packed: PackedModel, run: bool) -> torch.Tensor:
         ({"methods": "[hqq]", "bits": "[w3]"}, "unpack"),
         ({"methods": "[gptq: {{act_order: true}}]"}, "unpack"),
         ({"bits": "[w8]", "group_sizes": "[-1]"}, "unpack"),
+        ({"methods": "[lut_gemm]", "bits": "[w3]"}, "unpack"),
+        ({"methods": "[bpdq]", "bits": "[w2]"}, "unpack"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value.values()),
 )
@@ -199,6 +197,8 @@ def test_a_packed_model_gives_the_simulations_logits(
         {"methods": "[hqq]", "bits": "[w3]"},
         {"methods": "[sinq+qera]", "bits": "[w5]", "group_sizes": "[-1]"},
         {"methods": "[svdquant]", "bits": "[w4a4]"},
+        {"methods": "[lut_gemm+qera]", "bits": "[w3]"},
+        {"methods": "[bpdq]", "bits": "[w2]"},
     ],
     ids=lambda changes: changes["methods"],
 )
@@ -209,11 +209,14 @@ def test_a_gpus_tiles_give_the_simulations_logits(
     there = functools.partial(products.product_of, device=torch.device("cuda"))
     monkeypatch.setattr(packed_run, "product_of", lambda *given: there(*given[:4]))
     farm, packed = packed_model(tmp_path, tiny, **changes)
-    assert {layer.product.path.partition(" ")[0] for layer in packed.layers.values()} == {"tiles"}
+    planes = changes["methods"].startswith(("[lut_gemm", "[bpdq"))
+    path = "planes" if planes else "tiles"
+    assert {layer.product.path.partition(" ")[0] for layer in packed.layers.values()} == {path}
     farm.session.packed = packed
     with packed.running(True), torch.no_grad():
         Crosscheck(length=24, windows=1).run(farm.session, lambda done, total: None)  # raises Disagreement
-    packed.layers["model.layers.0.mlp.down_proj"].product.inner.weight.words[0].add_(1)
+    weight = packed.layers["model.layers.0.mlp.down_proj"].product.inner.weight
+    (weight.planes if planes else weight.words[0]).add_(1)
     with packed.running(True), torch.no_grad(), pytest.raises(Disagreement):
         Crosscheck(length=24, windows=1).run(farm.session, lambda done, total: None)
 

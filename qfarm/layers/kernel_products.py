@@ -2,6 +2,7 @@
 
     tiles     qfarm.kernels.ops.linear: any uniform weight whose groups fit tiles of 16 words; 5 to 7 bits are held in 8
     int8      qfarm.kernels.tri_int8: inputs as codes per token, one grid per weight row; exact int32 sums
+    planes    qfarm.kernels.ops.bcq_linear: sign planes, groups of a multiple of 32 or whole rows; factors in float16
 
 Scales are as they are stored (bfloat16 becomes float32, which is exact), so that what differs from the simulation is
 the simulation's own rounding of each weight to the model's dtype. Tests run both in Triton's interpreter against the
@@ -21,7 +22,12 @@ from qfarm.errors import InvalidInput
 from qfarm.kernel_bytes import kernel_bytes
 from qfarm.kernels import ops, pack
 from qfarm.layers.operands import Coded, by_row, nbytes, signed, signed_zero
-from qfarm.quantized import UniformWeight
+from qfarm.quantized import SignPlanes, UniformWeight
+
+
+def build(weight: UniformWeight | SignPlanes) -> TileProduct | PlaneProduct | None:
+    """None where there is no layout for the weight."""
+    return TileProduct.build(weight) if isinstance(weight, UniformWeight) else PlaneProduct.build(weight)
 
 
 def require_triton() -> None:
@@ -64,6 +70,42 @@ class TileProduct:
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.linear(x.reshape(-1, x.shape[-1]), self.weight).reshape(*x.shape[:-1], -1)
+
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlaneProduct:
+    """y = sum_g (offset sum_k x_k + sum_i factor_i sum_k +-x_k), by tables of sums of eight inputs.
+
+    One pass over the weight per token; more than a few tokens take it dequantized once.
+    """
+
+    weight: pack.BCQWeight
+
+    @staticmethod
+    def build(weight: SignPlanes) -> PlaneProduct | None:
+        """None where groups leave a word of 32 signs open, or float16 cannot hold a factor."""
+        factors, offset = weight.sign_planes()
+        group = weight.shape[1] // factors.shape[1]
+        if factors.shape[1] > 1 and group % pack.SIGNS:
+            return None
+        if any(value is not None and not bool(value.half().isfinite().all()) for value in (factors, offset)):
+            return None
+        return PlaneProduct(weight=pack.pack_bcq(weight.codes, factors, offset, group))
+
+    @property
+    def path(self) -> str:
+        return f"planes (qfarm.kernels, {self.weight.bits} planes, factors in float16)"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        if len(flat) <= ops.GEMV_ROWS:
+            y = ops.bcq_linear(flat, self.weight)
+        else:
+            y = flat @ self.weight.dequantize(x.dtype).T
+        return y.reshape(*x.shape[:-1], -1)
 
     def nbytes(self) -> int:
         return self.weight.nbytes

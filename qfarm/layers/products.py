@@ -4,7 +4,7 @@
               int32 sums, scaled in float32
     int4      torch._weight_int4pack_mm_for_cpu: 4 bits, groups of 32 to 256, rows in sixteens, a 16-bit model
     w8        torch._weight_int8pack_mm: 8 bits symmetric, one scale per row, bfloat16
-    unpack    unpack, dequantize, multiply: whatever is left, with the values of the simulation to the bit
+    unpack    unpack, dequantize, multiply: what is left, as sign planes, with the simulation's values to the bit
 
 int4 and w8 keep scales (and, for int4, scale times zero) in the model's dtype: with bfloat16 that is 8 bits of the 11
 that are stored. int8 holds one code per byte, whatever the width. Inputs that no operator takes as codes are rounded
@@ -29,8 +29,9 @@ from qfarm.layers.linear import ReadBySeveral, as_given
 from qfarm.layers.operands import Coded, by_row, nbytes, signed, signed_zero
 from qfarm.layers.packing import pack_codes, unpack_codes
 from qfarm.layers.rtn import Quantizer, Symmetric
-from qfarm.quantized import ColumnScaled, LowRank, QuantizedWeight, UniformWeight, apart
+from qfarm.quantized import ColumnScaled, LowRank, QuantizedWeight, SignPlanes, UniformWeight, apart
 
+Base = UniformWeight | SignPlanes  # what stands under factors and terms
 CPU = torch.device("cpu")
 INT4_GROUPS = (32, 64, 128, 256)
 INT4_ROWS = 16  # rows come in blocks of so many
@@ -90,7 +91,7 @@ def product_of(
 ) -> Product:
     """The product for a layer's weight, inputs quantized by `quantize`, in a model of `dtype` on a device.
 
-    Raises InvalidInput for weights that are not codes on a uniform grid.
+    Raises InvalidInput for weights that are neither codes on a uniform grid nor sign planes.
     """
     parts = _Parts.of(quantized)
     if parts is None:
@@ -98,15 +99,16 @@ def product_of(
         raise InvalidInput(f"run: packed: {quantized.solver} makes a {kinds}, whose codes no operator multiplies")
     weight, codes = parts.base, sharing.codes(quantize)
     plain, on_gpu = parts.factor is None and not parts.terms, device.type == "cuda"
-    if plain and codes is not None and _takes_int8(weight):
-        return (kernel_products.Int8Product if on_gpu else Int8Product).build(weight, codes)
+    uniform = weight if isinstance(weight, UniformWeight) else None
+    if uniform and plain and codes is not None and _takes_int8(uniform):
+        return (kernel_products.Int8Product if on_gpu else Int8Product).build(uniform, codes)
     inner: Product | None = None
     if on_gpu:
-        inner = kernel_products.TileProduct.build(weight)
-    elif _takes_int4(weight, dtype):
-        inner = Int4Product.build(weight, dtype)
-    elif _takes_w8(weight, dtype):
-        inner = W8Product.build(weight, dtype)
+        inner = kernel_products.build(weight)
+    elif uniform and _takes_int4(uniform, dtype):
+        inner = Int4Product.build(uniform, dtype)
+    elif uniform and _takes_w8(uniform, dtype):
+        inner = W8Product.build(uniform, dtype)
     rounded = "" if quantize is None else "; inputs rounded in floating point"
     if inner is None:
         return UnpackedProduct.build(quantized, weight, quantize or as_given, dtype, rounded)
@@ -123,7 +125,7 @@ def product_of(
 class _Parts:
     """A weight taken apart: codes, one factor per input column, low-rank terms that are added to it."""
 
-    base: UniformWeight
+    base: Base
     factor: Tensor | None
     terms: tuple[tuple[Tensor, Tensor], ...]
 
@@ -136,7 +138,7 @@ class _Parts:
             node = node.base
         if isinstance(node, ColumnScaled):
             factor, node = node.factor, node.base
-        return _Parts(base=node, factor=factor, terms=tuple(terms)) if isinstance(node, UniformWeight) else None
+        return _Parts(base=node, factor=factor, terms=tuple(terms)) if isinstance(node, Base) else None
 
 
 def _takes_int8(weight: UniformWeight) -> bool:
@@ -285,7 +287,7 @@ class UnpackedProduct:
     """The weight unpacked and dequantized at each call, as the simulation has it: codes packed without padding."""
 
     tree: QuantizedWeight  # its codes are data of `pack_codes`
-    base: UniformWeight  # of the tree
+    base: Base  # of the tree
     columns: int
     quantize: Quantizer
     dtype: torch.dtype
@@ -293,10 +295,10 @@ class UnpackedProduct:
 
     @staticmethod
     def build(
-        quantized: QuantizedWeight, base: UniformWeight, quantize: Quantizer, dtype: torch.dtype, rounded: str
+        quantized: QuantizedWeight, base: Base, quantize: Quantizer, dtype: torch.dtype, rounded: str
     ) -> UnpackedProduct:
         data = base.codes if base.bits == 8 else pack_codes(base.codes, base.bits)
-        held = dataclasses.replace(base, codes=data)
+        held = _with_codes(base, data)
         tree = _with_base(quantized, held)
         return UnpackedProduct(
             tree=tree, base=held, columns=base.shape[1], quantize=quantize, dtype=dtype, rounded=rounded
@@ -310,7 +312,7 @@ class UnpackedProduct:
         """[out, in] in the model's dtype."""
         base = self.base
         codes = base.codes if base.bits == 8 else unpack_codes(base.codes, base.bits, self.columns)
-        return apart(_with_base(self.tree, dataclasses.replace(base, codes=codes)))[0].to(self.dtype)
+        return apart(_with_base(self.tree, _with_codes(base, codes)))[0].to(self.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         return nn.functional.linear(self.quantize(x), self.weight())
@@ -319,7 +321,12 @@ class UnpackedProduct:
         return _held(self.tree)
 
 
-def _with_base(tree: QuantizedWeight, base: UniformWeight) -> QuantizedWeight:
+def _with_codes(base: Base, codes: Tensor) -> Base:
+    changed: Base = dataclasses.replace(base, codes=codes)  # type: ignore[type-var]  # both kinds are dataclasses
+    return changed
+
+
+def _with_base(tree: QuantizedWeight, base: Base) -> QuantizedWeight:
     if isinstance(tree, ColumnScaled | LowRank):
         return dataclasses.replace(tree, base=_with_base(tree.base, base))
     return base
@@ -331,5 +338,4 @@ def _held(tree: QuantizedWeight) -> int:
         return _held(tree.base) + nbytes(tree.factor)
     if isinstance(tree, LowRank):
         return _held(tree.base) + (0 if tree.branch else nbytes(tree.left, tree.right))
-    assert isinstance(tree, UniformWeight)
-    return nbytes(tree.codes, tree.scale, tree.zero, tree.g_idx)
+    return nbytes(*(value for value in vars(tree).values() if isinstance(value, Tensor)))
