@@ -15,7 +15,7 @@ from qfarm import environment
 from qfarm.report.render import terminal_text
 
 if TYPE_CHECKING:
-    from qfarm.bench import farm, kernels, matrix, memory, tasks
+    from qfarm.bench import farm, growth, kernels, matrix, memory, tasks
     from qfarm.bench.farm import Figure
     from qfarm.bench.methods import MethodResult, Report
 
@@ -54,7 +54,7 @@ def columns(names: Sequence[str], left: int = 1) -> Table:
     return table
 
 
-def render_json(report: Report | tasks.Report | matrix.Report | kernels.Report | memory.Report) -> str:
+def render_json(report: Report | tasks.Report | matrix.Report | kernels.Report | memory.Report | growth.Report) -> str:
     return json.dumps(dataclasses.asdict(report), indent=2) + "\n"
 
 

@@ -234,6 +234,34 @@ def bench_farm(style: str, parts: str, store: str | None, chaos_seeds: str, **se
     raise click.exceptions.Exit(FAILED if any(one.missed for one in figures) else 0)
 
 
+@bench_group.command("growth")
+@click.option(
+    "--steps", type=click.IntRange(2), default=4, show_default=True, help="Sizes per axis, each twice the last."
+)
+@click.option(
+    "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs per size; the least counts."
+)
+@click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
+def bench_growth(style: str, **settings: Any) -> None:
+    """How processor time grows with cells, workers, layers, hidden size, calibration text and evaluated text.
+
+    A fitted exponent per axis, beside the most that the mathematics asks for.
+    A few minutes on one core. Exit code 1 when an exponent is above it.
+
+    \b
+    Examples:
+      qfarm bench growth
+      qfarm bench growth --steps 5 --repeats 5
+    """
+    from qfarm.bench import growth as bench
+    from qfarm.bench.show import render_figures, render_json
+
+    report = bench.run(bench.Settings(**settings), lambda text: click.echo(text, err=True))
+    figures = [curve.figure() for curve in report.curves]
+    click.echo(render_json(report) if style == "json" else render_figures(figures, width(), color()), nl=False)
+    raise click.exceptions.Exit(FAILED if any(one.missed for one in report.curves) else 0)
+
+
 @bench_group.command("memory")
 @click.option("--parameters", type=click.FloatRange(5e7), default=3e9, show_default=True, help="Of the model, about.")
 @click.option("--method", default="gptq", show_default=True, help="gptq or rtn, whose memory the bound counts.")
