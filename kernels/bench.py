@@ -1,4 +1,4 @@
-"""Times of matrix products on a GPU, with a cold cache. No GPU was there: `graph` and `time_products` have never run.
+"""Times of matrix products on a GPU, with a cold cache. No GPU was there: `graph` has never run.
 
     one candidate   a CUDA graph of launches that take turns over copies of the weight, >= 3 L2 / bytes of them and at
                     least two, each launched at least twice: fewer would leave the cache warm
@@ -34,6 +34,7 @@ CANDIDATES = (*BASELINES, *(name for name in FORMATS if name not in BASELINES))
 TOLERANCES = {torch.float32: 4 * 5e-6, torch.float16: 4 * 2.0**-11, torch.bfloat16: 4 * 2.0**-8}
 FEWEST_COPIES = 2
 TURNS = 2  # of a graph over all copies
+SAMPLES = 21
 WARM_UP_S = 0.5
 DRIFT = 0.03
 SEED = 0
@@ -110,24 +111,11 @@ def timings(m: int, n: int, k: int, taken: Mapping[str, Sequence[float]], wrong:
     return sorted(found, key=lambda timing: CANDIDATES.index(timing.form))
 
 
-# -- on a GPU ---------------------------------------------------------------------------------------------------------
-
-
-def time_products(m: int, n: int, k: int, samples: int = 21) -> list[Timing]:
-    """x [m, k] times a weight [n, k] in every format and by the baselines, on the current CUDA device."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    generator = torch.Generator(device).manual_seed(SEED)
-    cache_bytes = int(torch.cuda.get_device_properties(device).L2_cache_size)
-    x = torch.randn(m, k, generator=generator, device=device).half()
-    calls, wrong = candidates(x, n, cache_bytes, generator)
-    replays = {name: graph(found) for name, found in calls.items()}
-    warm_up(list(replays.values()))
-    taken = dict(zip(replays, interleaved(list(replays.values()), samples), strict=True))
-    return timings(m, n, k, taken, wrong)
+# -- a run ------------------------------------------------------------------------------------------------------------
 
 
 def graph(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
-    """A replay of all calls `TURNS` times over -> seconds per launch. Compiles first."""
+    """A replay of all calls `TURNS` times over as one CUDA graph -> seconds per launch. Compiles first."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's stubs
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -150,6 +138,25 @@ def graph(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
         return float(start.elapsed_time(end)) / 1e3 / (TURNS * len(calls))
 
     return replay
+
+
+def time_products(
+    m: int,
+    n: int,
+    k: int,
+    device: torch.device,
+    cache_bytes: int,
+    samples: int = SAMPLES,
+    replayed: Callable[[Sequence[Callable[[], object]]], Callable[[], float]] = graph,
+) -> list[Timing]:
+    """x [m, k] times a weight [n, k] in every format and by the baselines, on a device with so large an L2 cache."""
+    generator = torch.Generator(device).manual_seed(SEED)
+    x = torch.randn(m, k, generator=generator, device=device).half()
+    calls, wrong = candidates(x, n, cache_bytes, generator)
+    replays = {name: replayed(found) for name, found in calls.items()}
+    warm_up(list(replays.values()))
+    taken = dict(zip(replays, interleaved(list(replays.values()), samples), strict=True))
+    return timings(m, n, k, taken, wrong)
 
 
 # -- products ---------------------------------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ def test_a_newer_format_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch
         Store.open(store.location)
     with pytest.raises(StoreError, match=r"c1\.json: .*format 1, this version of qfarm reads up to 0"):
         store.read("cells")
-    assert len([fault for fault in store.check().faults if "reads up to 0" in fault]) == 3
+    assert len([fault for fault in store.check().faults if "reads up to 0" in fault]) == 4
 
 
 def test_a_store_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -782,6 +782,7 @@ def test_part_names_tell_whose_they_are(store: Store) -> None:
         "parts/attempts/c1.a1",
         "parts/cells/c1.a1",
         "parts/documents/c1.e1.a1",
+        "parts/kernels/c1",
         "parts/layers/c1.a1",
         "parts/metrics/c1.e1.a1",
     ]

@@ -68,13 +68,14 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda _: None) ->
     machine = dict(environment.provenance())
     rows: list[KernelFigures] = []
     if torch.cuda.is_available():
-        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        machine |= {"seed": SEED, "gpu_before": environment.gpu_state(uuid)}
+        device = torch.device("cuda", torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(device)
+        machine |= {"seed": SEED, "gpu_before": environment.gpu_state(str(properties.uuid))}
         for n, k in settings.shapes:
             for m in settings.rows:
-                progress(f"{m} row{'s' if m > 1 else ''}, {n} x {k}")
-                rows += measured(timed(m, n, k), machine["gpu"])
-        machine |= {"gpu_after": environment.gpu_state(uuid)}
+                progress(f"m = {m}, {n} x {k}")
+                rows += measured(timed(m, n, k, device, int(properties.L2_cache_size)), machine["gpu"])
+        machine |= {"gpu_after": environment.gpu_state(str(properties.uuid))}
     for gpu in settings.gpus:
         rows += [row for n, k in settings.shapes for m in settings.rows for row in predicted(gpu, m, n, k)]
     rows += map(compiled_row, compiled)
@@ -99,10 +100,10 @@ def shapes_of(job: str) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(found))
 
 
-def timed(m: int, n: int, k: int) -> list[Timing]:
+def timed(m: int, n: int, k: int, device: torch.device, cache_bytes: int) -> list[Timing]:
     """Timings of one shape; the reason instead of times where copies and references do not fit on the GPU."""
     try:
-        return time_products(m, n, k)
+        return time_products(m, n, k, device, cache_bytes)
     except torch.OutOfMemoryError:
         return timings(m, n, k, {}, dict.fromkeys(CANDIDATES, "copies of the weight and its reference do not fit"))
 
