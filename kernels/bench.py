@@ -30,7 +30,7 @@ from qfarm.kernels.roofline import FORMATS, GROUP, refusal, stored_bytes
 
 BASELINES = {"fp16": torch.float16, "bf16": torch.bfloat16, "copy": torch.float16}
 CANDIDATES = (*BASELINES, *(name for name in FORMATS if name not in BASELINES))
-# Of the largest output: four times what is shown without a GPU (docs/kernels.md), or four units of what it is rounded to.
+# Of the largest output: four times what is shown without a GPU (docs/kernels.md), or four roundings of the output.
 TOLERANCES = {torch.float32: 4 * 5e-6, torch.float16: 4 * 2.0**-11, torch.bfloat16: 4 * 2.0**-8}
 FEWEST_COPIES = 2
 TURNS = 2  # of a graph over all copies
@@ -165,7 +165,7 @@ def time_products(
 def candidates(
     x: Tensor, n: int, cache_bytes: int, generator: torch.Generator
 ) -> tuple[dict[str, list[Callable[[], object]]], dict[str, str]]:
-    """What is to be timed: a call per copy of a weight for every candidate whose output is right; why others are not."""
+    """What is to be timed, a call per copy of a weight, for candidates whose output is right; why others are not."""
     k = x.shape[1]
     calls: dict[str, list[Callable[[], object]]] = {}
     wrong: dict[str, str] = {}

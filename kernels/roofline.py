@@ -6,9 +6,11 @@
     matrix  = 2 M N K / peak, M rounded up to 16
     goal    = 2 us per launch + max((bytes + extra) / bandwidth / 0.80, issue / 0.90, matrix / 0.70)
 
-As `qfarm.kernels.ops` multiplies: a pass takes one row of inputs, or 64 on tensor cores, and each reads the weight again
-(extra). With more rows than a format's kernel is for, the weight is dequantized first: two launches, and extra is the
-float16 weight written and read. Instructions are those of one row, on tensor cores of 16. 0.80 is what cuBLAS reaches of an A100's bandwidth on the largest shape of LUT-GEMM's table (1,591 of 2,039 GB/s); 0.90
+As `qfarm.kernels.ops` multiplies: a pass takes one row of inputs, on tensor cores 64, and every further pass reads the
+weight again (extra). With more rows than a format's kernel is for, the weight is dequantized first: two launches, and
+the float16 weight is written and read (extra). Instructions are those of one row, on tensor cores of 16.
+
+0.80 is what cuBLAS reaches of an A100's bandwidth on the largest shape of LUT-GEMM's table (1,591 of 2,039 GB/s); 0.90
 and 0.70 are assumptions, 2 us is a launch inside a CUDA graph. A measured kernel is judged by memory / measured.
 """
 
@@ -39,10 +41,21 @@ class GPU:
 
 
 GPUS = {
-    "a100": GPU(name="A100 80 GB SXM", bandwidth=2039e9, processors=108, clock=1.41e9, peak=312e12, device="NVIDIA A100-SXM4-80GB"),
-    "h100": GPU(name="H100 SXM", bandwidth=3350e9, processors=132, clock=1.755e9, peak=989e12, device="NVIDIA H100 80GB HBM3"),
+    "a100": GPU(
+        name="A100 80 GB SXM",
+        bandwidth=2039e9,
+        processors=108,
+        clock=1.41e9,
+        peak=312e12,
+        device="NVIDIA A100-SXM4-80GB",
+    ),
+    "h100": GPU(
+        name="H100 SXM", bandwidth=3350e9, processors=132, clock=1.755e9, peak=989e12, device="NVIDIA H100 80GB HBM3"
+    ),
     "h200": GPU(name="H200", bandwidth=4800e9, processors=132, clock=1.755e9, peak=989e12, device="NVIDIA H200"),
-    "rtx4090": GPU(name="RTX 4090", bandwidth=1008e9, processors=128, clock=2.52e9, peak=165e12, device="NVIDIA GeForce RTX 4090"),
+    "rtx4090": GPU(
+        name="RTX 4090", bandwidth=1008e9, processors=128, clock=2.52e9, peak=165e12, device="NVIDIA GeForce RTX 4090"
+    ),
     "a10": GPU(name="A10", bandwidth=600e9, processors=72, clock=1.695e9, peak=125e12, device="NVIDIA A10"),
 }
 

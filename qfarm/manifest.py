@@ -18,7 +18,7 @@ from qfarm.errors import StoreError
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What one manifest stands for: the ids in its name (first the cell's, where it is of one) and its parts' tables."""
+    """What one manifest stands for: the ids in its name (the cell's first, if it has one) and its parts' tables."""
 
     ids: tuple[str, ...]
     tables: tuple[str, ...]

@@ -135,7 +135,9 @@ def test_one_bit_has_no_kernel() -> None:
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("zero", ["symmetric", "integer", "real"])
-@pytest.mark.parametrize(("bits", "columns", "group"), [(1, 63, -1), (2, 96, 32), (3, 63, -1), (4, 48, 16), (8, 63, -1)])
+@pytest.mark.parametrize(
+    ("bits", "columns", "group"), [(1, 63, -1), (2, 96, 32), (3, 63, -1), (4, 48, 16), (8, 63, -1)]
+)
 def test_linear(bits: int, columns: int, group: int, zero: str, dtype: torch.dtype) -> None:
     x, weight = draw(3, columns, dtype=dtype), tiles(bits, 5, columns, group, zero)
     close(ops.linear(x, weight), reference.linear(x, weight), dtype)

@@ -1,6 +1,6 @@
 """Kernels on the shapes of LUT-GEMM's latency table or of a job's models: timed on a GPU, predicted without one.
 
-Every figure is a row of the store's table `kernels` (qfarm.record.KernelFigures), whose `kind` says where it comes from.
+Figures are rows of the store's table `kernels` (qfarm.record.KernelFigures), whose `kind` says where they come from.
 Rows of the three kinds, measured, predicted and compiled, are never mixed in one table of the terminal.
 """
 
@@ -110,7 +110,7 @@ def timed(m: int, n: int, k: int, device: torch.device, cache_bytes: int) -> lis
 
 def publish(store: Store, report: Report) -> None:
     """One publication per run, so that none is ever in the way of another."""
-    own = {"run_id": report.run_id, "created": utc_now(), "provenance": json.dumps(report.machine)}
+    own: dict[str, Any] = {"run_id": report.run_id, "created": utc_now(), "provenance": json.dumps(report.machine)}
     store.publish_kernels(report.run_id, [KernelRow(**vars(row), **own) for row in report.rows])
 
 

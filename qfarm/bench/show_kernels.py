@@ -11,12 +11,13 @@ from qfarm.record import KernelFigures
 from qfarm.report.render import terminal_text
 
 LEGEND = (
-    "m: rows of inputs. roofline: bytes / bandwidth. goal: 2 us per launch + the largest of roofline / 0.80, instructions "
-    "/ 0.90 and tensor cores / 0.70 (qfarm.kernels.roofline), limit: which of them. x fp16: the goal of fp16 / this one."
+    "m: rows of inputs. roofline: bytes / bandwidth. goal: 2 us per launch + the largest of roofline / 0.80, "
+    "instructions / 0.90 and tensor cores / 0.70, with what several passes take (qfarm.kernels.roofline); limit: which "
+    "of them. x fp16: the goal of fp16 / this one."
 )
 TIMES_LEGEND = (
-    "us: median per launch, cold cache. of memory: roofline / us. x fp16: us of fp16, the library's product / this one's. "
-    "copy: of the float16 weight, read and written. goal us: predicted, as below."
+    "us: median per launch, cold cache. of memory: roofline / us. x fp16: us of fp16, the library's product / this "
+    "one's. copy: of the float16 weight, read and written. goal us: predicted, as below."
 )
 NONE = "-"
 
