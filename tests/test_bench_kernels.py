@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,7 @@ from qfarm.kernels.pack import BCQWeight, T16Weight
 from qfarm.kernels.roofline import FORMATS, GPUS, SHAPES, predict, stored_bytes
 from qfarm.query import query
 from qfarm.store import Store
+from tests.test_kernels_ops import OnGPU
 
 CPU = torch.device("cpu")
 Calls = Sequence[Callable[[], object]]
@@ -150,6 +152,31 @@ def test_each_product_is_what_it_should_be(name: str, m: int) -> None:
     assert torch.equal(call(False)[0], found)
 
 
+@pytest.mark.parametrize(
+    ("name", "m", "kernel"),
+    [
+        *(("w4", 1, "gemm_small"), ("w4", 64, "gemm_small"), ("w4", 65, "linear")),
+        *(("w3", 4, "gemv"), ("w3", 5, "linear"), ("w8", 1, "gemv"), ("bcq3", 2, "bcq bcq")),
+    ],
+)
+def test_which_kernel_is_timed(name: str, m: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed: there is none for this platform")
+    from qfarm.kernels import ops, tri_bcq, tri_weight
+
+    ran: list[str] = []
+
+    def instead(word: str) -> Callable[..., Tensor]:
+        return lambda *_: ran.append(word) or torch.zeros(1)
+
+    for module, function in ((tri_weight, "gemm_small"), (tri_weight, "gemv"), (ops, "linear")):
+        monkeypatch.setattr(module, function, instead(function))
+    monkeypatch.setattr(tri_bcq, "gemv", instead("bcq"))
+    form, generator = FORMATS[name], torch.Generator().manual_seed(0)
+    make = random_planes if form.kind == "planes" else partial(random_tiles, group=128)
+    timing.multiply(torch.zeros(m, 256).as_subclass(OnGPU), make(form.bits, 8, 256, generator=generator))
+    assert " ".join(ran) == kernel
+
+
 def test_what_is_out_of_tolerance_or_no_number_is_told() -> None:
     exact = torch.tensor([4.0, -8], dtype=torch.float64)
     assert deviation(exact.float() + 1.5e-4, exact) is None
@@ -195,6 +222,18 @@ def test_a_whole_run_but_for_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = {row.form: row.median_s for row in found if row.median_s is not None}
     assert timed == {"fp16": 8, "bf16": 8, "copy": 8, "w8": 16} and handed == [8, 8, 8, 16]
     assert {(row.m, row.n, row.k) for row in found} == {(3, 64, 192)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: everything but the CUDA graph was tested without")
+def test_a_whole_run_on_a_gpu() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    cache_bytes = int(torch.cuda.get_device_properties(device).L2_cache_size)
+    calls, wrong = candidates(
+        torch.randn(1, 4096, device=device).half(), 1024, cache_bytes, torch.Generator(device).manual_seed(0)
+    )
+    assert wrong == {} and calls.keys() == set(CANDIDATES)
+    assert {name: timing.graph(found)() > 0 for name, found in calls.items()} == dict.fromkeys(CANDIDATES, True)
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
