@@ -192,19 +192,11 @@ def deviation(found: Tensor, expected: Tensor) -> str | None:
 
 def product(name: str, x: Tensor, n: int, generator: torch.Generator) -> Callable[..., tuple[Tensor, Tensor]]:
     """A call on a fresh random weight [n, k] -> output and, unless told otherwise, what it should be."""
-    k = x.shape[1]
-    weight: Tensor | T16Weight | BCQWeight
-    if name in BASELINES:
-        weight = (torch.randn(n, k, generator=generator, device=x.device) * 0.02).to(BASELINES[name])
-        x = x.to(BASELINES[name])
-    elif FORMATS[name].kind == "planes":
-        weight = random_planes(FORMATS[name].bits, n, k, generator)
-    else:
-        bits = FORMATS[name].bits
-        weight = random_tiles(bits, n, k, k if bits == 8 else GROUP, generator)
-    if name == "copy":
-        assert isinstance(weight, Tensor)
-        return functools.partial(copy, weight, torch.empty_like(weight))
+    weight = random_weight(name, n, x.shape[1], generator)
+    if isinstance(weight, Tensor):
+        if name == "copy":
+            return functools.partial(copy, weight, torch.empty_like(weight))
+        x = x.to(weight.dtype)
 
     def call(compare: bool = True) -> tuple[Tensor, Tensor]:
         found = multiply(x, weight)
@@ -228,6 +220,11 @@ def multiply(x: Tensor, weight: Tensor | T16Weight | BCQWeight) -> Tensor:
         return x @ weight.T
     if not x.is_cuda:
         return ops.bcq_linear(x, weight) if isinstance(weight, BCQWeight) else ops.linear(x, weight)
+    return by_kernel(x, weight)
+
+
+def by_kernel(x: Tensor, weight: T16Weight | BCQWeight) -> Tensor:
+    """The product on a GPU, or in Triton's interpreter."""
     from qfarm.kernels import tri_bcq, tri_weight
 
     if isinstance(weight, BCQWeight):
@@ -240,6 +237,16 @@ def multiply(x: Tensor, weight: Tensor | T16Weight | BCQWeight) -> Tensor:
 def expected(x: Tensor, weight: Tensor | T16Weight | BCQWeight) -> Tensor:
     """The product in float64."""
     return x.double() @ weight.double().T if isinstance(weight, Tensor) else reference.linear(x, weight)
+
+
+def random_weight(name: str, n: int, k: int, generator: torch.Generator) -> Tensor | T16Weight | BCQWeight:
+    """What a candidate multiplies with, or copies, on the generator's device."""
+    if name in BASELINES:
+        return (torch.randn(n, k, generator=generator, device=generator.device) * 0.02).to(BASELINES[name])
+    form = FORMATS[name]
+    if form.kind == "planes":
+        return random_planes(form.bits, n, k, generator)
+    return random_tiles(form.bits, n, k, k if form.bits == 8 else GROUP, generator)
 
 
 def _words(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

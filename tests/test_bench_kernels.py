@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,13 +28,12 @@ from qfarm.kernels.bench import (
     interleaved,
     product,
     quantiles,
-    random_planes,
-    random_tiles,
+    random_weight,
     time_products,
     timings,
     warm_up,
 )
-from qfarm.kernels.pack import BCQWeight, T16Weight
+from qfarm.kernels.pack import BCQWeight
 from qfarm.kernels.roofline import FORMATS, GPUS, SHAPES, predict, stored_bytes
 from qfarm.query import query
 from qfarm.store import Store
@@ -130,12 +128,8 @@ def test_without_the_baseline_there_are_no_times() -> None:
 @pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.kind != "dense"])
 @pytest.mark.parametrize("k", [1024, 1408])
 def test_what_is_timed_has_the_bytes_that_are_counted(name: str, k: int) -> None:
-    form, generator = FORMATS[name], torch.Generator().manual_seed(0)
-    if form.kind == "planes":
-        weight: BCQWeight | T16Weight = random_planes(form.bits, 64, k, generator)
-    else:
-        weight = random_tiles(form.bits, 64, k, k if form.bits == 8 else 128, generator)
-    assert weight.nbytes == stored_bytes(form, 64, k)
+    weight = random_weight(name, 64, k, torch.Generator().manual_seed(0))
+    assert not isinstance(weight, Tensor) and weight.nbytes == stored_bytes(FORMATS[name], 64, k)
     assert weight.dequantize().shape == (64, k) and bool(weight.dequantize().isfinite().all())
 
 
@@ -171,9 +165,8 @@ def test_which_kernel_is_timed(name: str, m: int, kernel: str, monkeypatch: pyte
     for module, function in ((tri_weight, "gemm_small"), (tri_weight, "gemv"), (ops, "linear")):
         monkeypatch.setattr(module, function, instead(function))
     monkeypatch.setattr(tri_bcq, "gemv", instead("bcq"))
-    form, generator = FORMATS[name], torch.Generator().manual_seed(0)
-    make = random_planes if form.kind == "planes" else partial(random_tiles, group=128)
-    timing.multiply(torch.zeros(m, 256).as_subclass(OnGPU), make(form.bits, 8, 256, generator=generator))
+    weight = random_weight(name, 8, 256, torch.Generator().manual_seed(0))
+    timing.multiply(torch.zeros(m, 256).as_subclass(OnGPU), weight)
     assert " ".join(ran) == kernel
 
 
@@ -396,10 +389,11 @@ def test_a_jobs_models_give_the_shapes(
     small = {(32, 64), (64, 64), (128, 64), (64, 128)}
     assert bench.shapes_of(str(job)) == tuple(sorted(large | small))
     with pytest.raises(SystemExit) as done:
-        cli.main(["bench", "kernels", "--gpus", "a10", "--job", str(job), "--rows", "1, 16", "--format", "json"])
+        cli.main(["bench", "kernels", "--gpus", "a10,a10", "--job", str(job), "--rows", "1, 16,1", "--format", "json"])
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert done.value.code == 0 and {(row["n"], row["k"]) for row in rows} == large | small
     assert {row["m"] for row in rows} == {1, 16} and {row["gpu"] for row in rows} == {"a10"}
+    assert len(rows) == 8 * 2 * len(FORMATS)  # nothing twice
     refused = {(row["form"], row["k"]) for row in rows if row["error"]}
     assert refused == {(form, 64) for form in ("w4", "w3", "bcq4", "bcq3")}
 

@@ -295,7 +295,8 @@ def bench_kernels(style: str, gpus: str, targets: str, job: str | None, rows: st
     counts = [word.strip() for word in rows.split(",")]
     if not all(word.isdecimal() for word in counts):
         raise InvalidInput(f'--rows "{rows}": whole numbers with commas between them, as in 1,16')
-    chosen = bench.Settings(gpus=names, targets=wanted, rows=tuple(map(int, counts)), store=store)
+    once = tuple(dict.fromkeys(map(int, counts)))
+    chosen = bench.Settings(gpus=tuple(dict.fromkeys(names)), targets=wanted, rows=once, store=store)
     if job is not None:
         chosen = dataclasses.replace(chosen, shapes=bench.shapes_of(job))
     report = bench.run(chosen, lambda text: click.echo(text, err=True))
