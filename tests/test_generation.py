@@ -13,6 +13,7 @@ import pytest
 
 from qfarm import cli, generation, record
 from qfarm.errors import StoreError
+from qfarm.manifest import KINDS
 from qfarm.pack import merge, pack
 from qfarm.publish import LocalFolder
 from qfarm.query import query
@@ -83,6 +84,17 @@ def test_some_cells_and_some_columns(store: Store, cell_ids: list[str]) -> None:
     for table, column in (("documents", "tokens"), ("layers", "bits"), ("attempts", "outcome"), ("kernels", "form")):
         chosen = {"columns": [column], "cell_ids": cell_ids}
         assert compacted.read(table, **chosen).equals(plain.read(table, **chosen))
+
+
+def test_what_a_later_version_has_compacted_is_read_without_kinds_that_are_unknown(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.compact()
+    monkeypatch.delitem(KINDS, "kernels")
+    monkeypatch.delitem(record.TABLES, "kernels")
+    folder = Counting(store.location)
+    assert Store(store.location, folder).read("cells").num_rows == 3
+    assert all(path.startswith("generations/") for path in folder.paths)
 
 
 def test_queries_read_the_large_files(store: Store) -> None:
