@@ -285,7 +285,7 @@ def bench_kernels(style: str, gpus: str, targets: str, job: str | None, rows: st
       qfarm bench kernels --gpus h200 --compile sm_90 --format json
       qfarm bench kernels --job jobs/llama_matrix.yaml --rows 1,16
       qfarm bench kernels --store results/kernels
-      qfarm query --store results/kernels "SELECT kind, gpu, form, median_s, predicted_s FROM kernels"
+      qfarm query --store results/kernels "SELECT form, median_s FROM kernels"
     """
     from qfarm.bench import kernels as bench
     from qfarm.bench.show import render_json
