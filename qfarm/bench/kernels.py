@@ -122,11 +122,11 @@ def _run_id() -> str:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def measured(timed: Sequence[Timing], device: str) -> list[KernelFigures]:
+def measured(found: Sequence[Timing], device: str) -> list[KernelFigures]:
     """Rows of timings of one shape, beside what was predicted where the GPU's figures are known."""
     gpu = profile(device)
-    plain = next((timing.median_s for timing in timed if timing.form == "fp16"), None)
-    return [_measured(timing, device, GPUS[gpu] if gpu else None, plain) for timing in timed]
+    plain = next((timing.median_s for timing in found if timing.form == "fp16"), None)
+    return [_measured(timing, device, GPUS[gpu] if gpu else None, plain) for timing in found]
 
 
 def _measured(timing: Timing, device: str, gpu: GPU | None, plain: float | None) -> KernelFigures:
