@@ -2,9 +2,13 @@
 
     bytes   = packed weight + 2 M K + 2 M N                             (qfarm.kernels.pack)
     memory  = bytes / bandwidth
-    issue   = N K * instructions per weight / (processors * 128 * clock)
+    issue   = passes * N K * instructions per weight / (processors * 128 * clock)
     matrix  = 2 M N K / peak, M rounded up to 16
-    goal    = 2 us + max(memory / 0.80, issue / 0.90, matrix / 0.70)
+    goal    = 2 us per launch + max((bytes + extra) / bandwidth / 0.80, issue / 0.90, matrix / 0.70)
+
+As `qfarm.kernels.ops` multiplies: a pass takes one row of inputs, on tensor cores 64, and every further pass reads the
+weight again (extra). With more rows than a format's kernel is for, the weight is dequantized first: two launches, and
+the float16 weight is written and read (extra). Instructions are those of one row, on tensor cores of 16.
 
 0.80 is what cuBLAS reaches of an A100's bandwidth on the largest shape of LUT-GEMM's table (1,591 of 2,039 GB/s); 0.90
 and 0.70 are assumptions, 2 us is a launch inside a CUDA graph. A measured kernel is judged by memory / measured.
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from qfarm.kernels.ops import GEMV_ROWS, SMALL_ROWS
 from qfarm.kernels.pack import weight_bytes
 
 LAUNCH_S = 2e-6
@@ -32,14 +37,26 @@ class GPU:
     processors: int
     clock: float  # Hz
     peak: float  # flop/s
+    device: str  # as CUDA calls this one; others of a similar name have other figures
 
 
 GPUS = {
-    "a100": GPU(name="A100 80 GB SXM", bandwidth=2039e9, processors=108, clock=1.41e9, peak=312e12),
-    "h100": GPU(name="H100 SXM", bandwidth=3350e9, processors=132, clock=1.755e9, peak=989e12),
-    "h200": GPU(name="H200", bandwidth=4800e9, processors=132, clock=1.755e9, peak=989e12),
-    "rtx4090": GPU(name="RTX 4090", bandwidth=1008e9, processors=128, clock=2.52e9, peak=165e12),
-    "a10": GPU(name="A10", bandwidth=600e9, processors=72, clock=1.695e9, peak=125e12),
+    "a100": GPU(
+        name="A100 80 GB SXM",
+        bandwidth=2039e9,
+        processors=108,
+        clock=1.41e9,
+        peak=312e12,
+        device="NVIDIA A100-SXM4-80GB",
+    ),
+    "h100": GPU(
+        name="H100 SXM", bandwidth=3350e9, processors=132, clock=1.755e9, peak=989e12, device="NVIDIA H100 80GB HBM3"
+    ),
+    "h200": GPU(name="H200", bandwidth=4800e9, processors=132, clock=1.755e9, peak=989e12, device="NVIDIA H200"),
+    "rtx4090": GPU(
+        name="RTX 4090", bandwidth=1008e9, processors=128, clock=2.52e9, peak=165e12, device="NVIDIA GeForce RTX 4090"
+    ),
+    "a10": GPU(name="A10", bandwidth=600e9, processors=72, clock=1.695e9, peak=125e12, device="NVIDIA A10"),
 }
 
 # (n, k) of the latency table of LUT-GEMM (arXiv 2206.09557), batch 1.
@@ -60,16 +77,18 @@ class Format:
 
     bits: int
     kind: str  # "dense", "tiles" or "planes"
-    instructions: float = 0.0  # per weight; 0: a library's kernel
+    instructions: float = 0.0  # per weight and pass; 0: a library's kernel
+    rows: int = 1  # of inputs that a pass takes
+    most: int | None = None  # rows that packed codes are multiplied with; more: dequantized first; None: any number
 
 
 # Instructions as compiled for sm_80 (`python -m qfarm.kernels.aot --targets sm_80`): groups of 128, 128 rows, w4 on
 # tensor cores, bcq3 with mu = 4; bcq4 is 4 / 3 of it.
 FORMATS = {
     "fp16": Format(bits=16, kind="dense"),
-    "w8": Format(bits=8, kind="tiles", instructions=4.58),
-    "w4": Format(bits=4, kind="tiles", instructions=2.53),
-    "w3": Format(bits=3, kind="tiles", instructions=5.82),
+    "w8": Format(bits=8, kind="tiles", instructions=4.58, most=GEMV_ROWS),
+    "w4": Format(bits=4, kind="tiles", instructions=2.53, rows=SMALL_ROWS, most=SMALL_ROWS),
+    "w3": Format(bits=3, kind="tiles", instructions=5.82, most=GEMV_ROWS),
     "bcq4": Format(bits=4, kind="planes", instructions=6.37),
     "bcq3": Format(bits=3, kind="planes", instructions=4.78),
 }
@@ -85,6 +104,17 @@ class Prediction:
     limit: str  # which of the three decides: memory, issue, matrix
 
 
+def profile(device: str) -> str | None:
+    """The name in `GPUS` of a device that CUDA calls so; None for one whose figures are not there."""
+    return next((name for name, gpu in GPUS.items() if gpu.device == device), None)
+
+
+def refusal(form: Format, k: int) -> str | None:
+    """Why a weight with k inputs cannot be stored so; None where it can."""
+    grouped = form.kind == "planes" or (form.kind == "tiles" and form.bits != 8)
+    return f"groups of {GROUP} do not divide {k} inputs" if grouped and k % GROUP else None
+
+
 def stored_bytes(form: Format, n: int, k: int) -> int:
     """Bytes of a weight [n, k]: groups of 128 with integer zeros (offsets for planes), 8 bits with a scale per row."""
     if form.kind == "dense":
@@ -98,20 +128,28 @@ def stored_bytes(form: Format, n: int, k: int) -> int:
 
 def predict(gpu: GPU, form: Format, m: int, n: int, k: int) -> Prediction:
     """The model for x [m, k] times a weight [n, k] in that format."""
-    moved = stored_bytes(form, n, k) + 2 * m * k + 2 * m * n
+    stored = stored_bytes(form, n, k)
+    moved = stored + 2 * m * k + 2 * m * n
+    if form.most is not None and m > form.most:
+        passes, launches, extra = 0, 2, 2 * 2 * n * k  # no passes: the dequantizer's instructions are not counted
+    else:
+        passes = -(-m // form.rows) if form.instructions else 1
+        launches = passes if form.kind == "planes" else 1
+        extra = (passes - 1) * stored
     rows = -(-m // TENSOR_CORE_ROWS) * TENSOR_CORE_ROWS
     bounds = {
         "memory": moved / gpu.bandwidth,
-        "issue": n * k * form.instructions / (gpu.processors * LANES * gpu.clock),
+        "issue": passes * n * k * form.instructions / (gpu.processors * LANES * gpu.clock),
         "matrix": 2 * rows * n * k / gpu.peak,
     }
-    needed = {name: seconds / REACHED[name] for name, seconds in bounds.items()}
+    paid = bounds | {"memory": (moved + extra) / gpu.bandwidth}
+    needed = {name: seconds / REACHED[name] for name, seconds in paid.items()}
     limit = max(needed, key=lambda name: needed[name])
     return Prediction(
         moved=moved,
         memory_s=bounds["memory"],
         issue_s=bounds["issue"],
         matrix_s=bounds["matrix"],
-        goal_s=LAUNCH_S + needed[limit],
+        goal_s=launches * LAUNCH_S + needed[limit],
         limit=limit,
     )

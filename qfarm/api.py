@@ -48,7 +48,9 @@ class Results:
     def table(
         self, name: str, *, columns: Sequence[str] | None = None, cell_ids: Collection[str] | None = None
     ) -> pa.Table:
-        """One of `cells`, `attempts`, `metrics`, `documents`, `layers`, `analysis`; units are in the fields' metadata.
+        """One of `cells`, `attempts`, `metrics`, `documents`, `layers`, `analysis`, `kernels`, as Arrow.
+
+        Units are in the fields' metadata. Of kernels, `cell_ids` are ids of runs.
 
         Raises StoreError for an unknown table or a damaged part.
         """

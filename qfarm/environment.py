@@ -88,6 +88,30 @@ def _nvidia_driver() -> str | None:
     return _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).split("\n")[0] or None
 
 
+GPU_STATE = {
+    "sm_clock_mhz": "clocks.sm",
+    "memory_clock_mhz": "clocks.mem",
+    "power_limit_w": "power.limit",
+    "temperature_c": "temperature.gpu",
+}
+
+
+def gpu_state(uuid: str) -> dict[str, float | None]:
+    """What times on a GPU depend on and changes from moment to moment; None where nvidia-smi does not tell."""
+    query = f"--query-gpu={','.join(GPU_STATE.values())}"
+    one = f"--id=GPU-{uuid.removeprefix('GPU-')}"
+    line = _output(["nvidia-smi", one, query, "--format=csv,noheader,nounits"]).split("\n")[0]
+    told = line.split(", ") if line.count(", ") == len(GPU_STATE) - 1 else [""] * len(GPU_STATE)
+    return {name: _number(value) for name, value in zip(GPU_STATE, told, strict=True)}
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # [N/A], [Not Supported]
+        return None
+
+
 def _output(command: list[str]) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()

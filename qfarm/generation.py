@@ -68,6 +68,8 @@ def latest(folder: Folder) -> Generation | None:
     names: dict[str, set[str]] = {kind: set() for kind in KINDS}
     stamps = {kind: folder.stamps(f"manifests/{kind}") for kind in KINDS}
     for kind, name, stamp in zip(covered["kind"], covered["name"], covered["stamp"], strict=True):
+        if kind not in KINDS:  # of a later version, as are its tables
+            continue
         if stamps[kind].get(name) != stamp:
             logger.warning("%s: not used, for %s/%s has changed since; run `qfarm store compact`", path, kind, name)
             return None

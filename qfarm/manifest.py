@@ -18,7 +18,7 @@ from qfarm.errors import StoreError
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What one manifest stands for: the ids in its name, of which the first is the cell's, and its parts' tables."""
+    """What one manifest stands for: the ids in its name (the cell's first, if it has one) and its parts' tables."""
 
     ids: tuple[str, ...]
     tables: tuple[str, ...]
@@ -28,6 +28,7 @@ KINDS = {
     "cell": Kind(("cell_id",), ("cells", "layers")),
     "evaluation": Kind(("cell_id", "eval_id"), ("metrics", "documents", "analysis")),
     "attempt": Kind(("cell_id", "attempt_id"), ("attempts",)),
+    "kernels": Kind(("run_id",), ("kernels",)),
 }
 
 

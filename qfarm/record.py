@@ -197,6 +197,44 @@ class AnalysisRow(LayerStatistic):
     eval_id: str
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelFigures:
+    """A kernel timed on a GPU, predicted for one, or compiled for one and not run: `kind` says which."""
+
+    kind: str = _unit("measured, predicted or compiled: no column mixes them without it")
+    gpu: str = _unit("measured: the device; predicted: a name of qfarm.kernels.roofline.GPUS; compiled: the target")
+    form: str = _unit("format of the weight; baselines: fp16, bf16, copy (of the float16 weight); compiled: the launch")
+    m: int | None = _unit("rows of inputs, of x [m, k] times a weight [n, k]; None: compiled", None)
+    n: int | None = _unit("outputs", None)
+    k: int | None = _unit("inputs", None)
+    median_s: float | None = _unit("seconds per launch with a cold cache; None: not measured, or rejected", None)
+    p20_s: float | None = _unit("seconds, 20th percentile", None)
+    p80_s: float | None = _unit("seconds, 80th percentile", None)
+    samples: int | None = None
+    moved_bytes: int | None = _unit("weight, inputs and outputs once; copy: read and written", None)
+    gb_per_s: float | None = _unit("1e9 bytes/s: moved_bytes / median_s", None)
+    memory_s: float | None = _unit("seconds: moved_bytes / the GPU's bandwidth; None: no such figure of the GPU", None)
+    efficiency: float | None = _unit("memory_s / median_s", None)
+    predicted_s: float | None = _unit("seconds by qfarm.kernels.roofline, which is no measurement", None)
+    limit: str | None = _unit("what decides predicted_s: memory, issue or matrix", None)
+    ratio_fp16: float | None = _unit("seconds of the library's float16 product / this one's, of the same kind", None)
+    registers: int | None = _unit("per thread", None)
+    spills: int | None = None
+    shared_bytes: int | None = None
+    per_weight: float | None = _unit("instructions per weight, or per element of what is no weight", None)
+    verdict: str | None = _unit("compiled: kept, or what breaches the launch's budget", None)
+    error: str | None = _unit("why there are no times or predictions", None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelRow(KernelFigures):
+    """A kernel on one shape, timed on a GPU, predicted for one, or compiled and not run: `kind` says which."""
+
+    run_id: str = _unit("one call of `qfarm bench kernels`")
+    created: str = _unit("UTC, ISO 8601")
+    provenance: str = _unit("JSON: versions, commit, hardware, seed; clocks, power limit, temperature before and after")
+
+
 TABLES: dict[str, type] = {
     "cells": CellRow,
     "attempts": AttemptRow,
@@ -204,6 +242,7 @@ TABLES: dict[str, type] = {
     "documents": DocumentRow,
     "layers": LayerRow,
     "analysis": AnalysisRow,
+    "kernels": KernelRow,
 }
 
 _ARROW = {

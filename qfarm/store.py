@@ -4,7 +4,8 @@
     STORE/manifests/cell/CELL.json                           names the parts of tables cells and layers
     STORE/manifests/evaluation/CELL.EVALUATION.json          of metrics, documents, analysis
     STORE/manifests/attempt/CELL.ATTEMPT.json                of attempts
-    STORE/parts/TABLE/CELL[.EVALUATION].ATTEMPT.TOKEN.parquet
+    STORE/manifests/kernels/RUN.json                         of kernels (`qfarm bench kernels`)
+    STORE/parts/TABLE/CELL[.EVALUATION].ATTEMPT.TOKEN.parquet, of kernels RUN.TOKEN.parquet
     STORE/generations/                                       the same rows in few files (qfarm.generation)
     STORE/running/HOST-PID.json                              news of jobs at work (qfarm.beacon); no result
 
@@ -39,7 +40,7 @@ from qfarm.manifest import KINDS, Manifest, Part, key_of, manifest_path, newer
 from qfarm.objects import ObjectFolder, is_url
 from qfarm.packed import PackedFolder
 from qfarm.publish import NO_SPACE, LocalFolder, is_aside
-from qfarm.record import AnalysisRow, AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow
+from qfarm.record import AnalysisRow, AttemptRow, CellRow, DocumentRow, KernelRow, LayerRow, MetricRow
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,11 @@ class Store:
         ids = {"cell_id": attempt.cell_id, "attempt_id": attempt.attempt_id}
         return self._publish("attempt", ids, {"attempts": [attempt]})
 
+    def publish_kernels(self, run_id: str, kernels: Sequence[KernelRow]) -> bool:
+        """Publish a run of `qfarm bench kernels`. False: it is published already, and nothing has changed."""
+        assert all(row.run_id == run_id for row in kernels)
+        return self._publish("kernels", {"run_id": run_id}, {"kernels": kernels})
+
     def finished_cells(self) -> frozenset[str]:
         """Ids of the cells published, from the manifests' names alone."""
         return frozenset(cell_id for (cell_id,) in self._keys("cell"))
@@ -166,8 +172,8 @@ class Store:
         """The rows of a table, ordered by their manifests' names and then as they were published.
 
         Every field is nullable, for a store of an older format may lack any column; columns unknown to us are dropped.
-        `cell_ids` limits which parts are opened. Each part is compared with its manifest: raises StoreError for one
-        that is missing or altered. Torn manifests are passed over with a warning.
+        `cell_ids` (of kernels: ids of runs) limits which parts are opened. Each part is compared with its manifest:
+        raises StoreError for one that is missing or altered. Torn manifests are passed over with a warning.
         """
         target = _target(table, columns)
         kind = next(name for name, kind in KINDS.items() if table in kind.tables)
@@ -252,12 +258,13 @@ class Store:
 
     def _compacted_rows(self, table: str, columns: list[str], cell_ids: Collection[str] | None) -> list[pa.Table]:
         old = self._generation()
+        of = next(kind.ids[0] for kind in KINDS.values() if table in kind.tables)
         found = []
         for part in old.of(table) if old else ():
             try:
                 file = pa.BufferReader(verified(self._folder, part))
                 there = [name for name in columns if name in pq.read_schema(file).names]
-                chosen = None if cell_ids is None else pc.field("cell_id").isin(pa.array(list(cell_ids), pa.string()))
+                chosen = None if cell_ids is None else pc.field(of).isin(pa.array(list(cell_ids), pa.string()))
                 file.seek(0)
                 found.append(pq.read_table(file, columns=there, filters=chosen))
             except (OSError, ValueError) as error:

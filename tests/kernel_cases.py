@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qfarm.kernels import ops, pack, reference
+from qfarm.kernels import bench, ops, pack, reference, roofline
 from qfarm.layers import kernel_products
 from qfarm.layers.rtn import Symmetric
 from qfarm.methods.lut_gemm import BinaryCodedWeight
@@ -119,6 +119,17 @@ def gemv_of_ragged_rows(bits: int, columns: int, device: str) -> None:
         weight = draw_weight(17, k, bits, group, "integer", device)
         x = surrounded(draw(1, k, device=device))
         close(tri_weight.gemv(x, weight, block=16, split=1), reference.linear(x, weight), GEMV)
+
+
+@over(name=[name for name, form in roofline.FORMATS.items() if form.kind != "dense"], m=[1, 3])
+def what_is_timed_is_within_its_own_tolerance(name: str, m: int, device: str) -> None:
+    """Random words and scales of the benchmark, K that ends inside a tile of 8 and 3 bits."""
+    x = draw(m, 640, device=device)
+    weight = bench.random_weight(name, 24, 640, torch.Generator(device).manual_seed(0))
+    assert not isinstance(weight, Tensor)
+    found = bench.by_kernel(x, weight)
+    assert found.dtype == torch.float32 and found.shape == (m, 24)
+    assert bench.deviation(found, bench.expected(x, weight)) is None
 
 
 @over(split=[1, 2, 4, 16])

@@ -13,6 +13,7 @@ import pytest
 
 from qfarm import cli, generation, record
 from qfarm.errors import StoreError
+from qfarm.manifest import KINDS
 from qfarm.pack import merge, pack
 from qfarm.publish import LocalFolder
 from qfarm.query import query
@@ -54,7 +55,7 @@ class Counting(LocalFolder):
 def test_the_same_rows_in_the_same_order_from_few_files(store: Store) -> None:
     before = everything(store)
     found = store.compact()
-    assert found is not None and found.publications == 3 + 4 + 4 and found.files == len(record.TABLES) + 1
+    assert found is not None and found.publications == 3 + 4 + 4 + 3 and found.files == len(record.TABLES) + 1
     assert everything(store) == everything(reopened(store)) == before
     folder = Counting(store.location)
     assert everything(Store(store.location, folder)) == before
@@ -80,9 +81,20 @@ def test_some_cells_and_some_columns(store: Store, cell_ids: list[str]) -> None:
     fill(store, "c0")
     compacted, plain = reopened(store), reopened(store)
     plain._looked = True  # so that it reads the small files
-    for table, column in (("documents", "tokens"), ("layers", "bits"), ("attempts", "outcome")):
+    for table, column in (("documents", "tokens"), ("layers", "bits"), ("attempts", "outcome"), ("kernels", "form")):
         chosen = {"columns": [column], "cell_ids": cell_ids}
         assert compacted.read(table, **chosen).equals(plain.read(table, **chosen))
+
+
+def test_what_a_later_version_has_compacted_is_read_without_kinds_that_are_unknown(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.compact()
+    monkeypatch.delitem(KINDS, "kernels")
+    monkeypatch.delitem(record.TABLES, "kernels")
+    folder = Counting(store.location)
+    assert Store(store.location, folder).read("cells").num_rows == 3
+    assert all(path.startswith("generations/") for path in folder.paths)
 
 
 def test_queries_read_the_large_files(store: Store) -> None:
@@ -145,8 +157,8 @@ def test_what_a_killed_compaction_left_is_told_and_harms_nobody(store: Store, mo
     before = everything(reopened(store))
     store.compact()  # under the same number
     faults, leftovers = reopened(store).check()
-    assert (faults, len(leftovers)) == ([], 7) and everything(reopened(store)) == before
-    assert len(store.clean(older_s=0)) == 7 and reopened(store).check() == ([], [])
+    assert (faults, len(leftovers)) == ([], len(record.TABLES) + 1) and everything(reopened(store)) == before
+    assert len(store.clean(older_s=0)) == len(record.TABLES) + 1 and reopened(store).check() == ([], [])
 
 
 def test_of_two_that_compact_at_once_one_wins(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +221,7 @@ def test_a_compacted_store_packs_and_merges_as_before(store: Store, tmp_path: Pa
     store.compact()
     assert pack(reopened(store), tmp_path / "after.qfarm").sha256 == plain.sha256
     other = Store.open(tmp_path / "other", create=True)
-    assert merge(other, [reopened(store)]).added == 11 and everything(other) == before
+    assert merge(other, [reopened(store)]).added == 14 and everything(other) == before
 
 
 def test_many_publications_are_written_in_row_groups(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +234,7 @@ def test_many_publications_are_written_in_row_groups(store: Store, monkeypatch: 
 
 
 def test_the_command(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    for command, said in (("compact", "11 publications in 7 files, "), ("check", "the store is sound\n")):
+    for command, said in (("compact", "14 publications in 8 files, "), ("check", "the store is sound\n")):
         with pytest.raises(SystemExit) as ended:
             cli.main(["store", command, store.location])
         assert not ended.value.code and capsys.readouterr().out.startswith(said)

@@ -1,18 +1,10 @@
-"""The model of kernels' times against a table worked out by hand, and the benchmark that shows it."""
+"""The model of kernels' times against a table worked out by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
-import torch
 
-from qfarm.bench import kernels as bench
-from qfarm.bench.show_kernels import render_kernels
-from qfarm.errors import InvalidInput
-from qfarm.kernels.bench import copies_needed, interleaved, quantiles, random_planes, random_tiles
-from qfarm.kernels.pack import BCQWeight, T16Weight
-from qfarm.kernels.roofline import FORMATS, GPUS, SHAPES, predict, stored_bytes
+from qfarm.kernels.roofline import FORMATS, GPUS, SHAPES, predict, profile, refusal, stored_bytes
 
 # us on an A100 at 100 % of its bandwidth / goal, of (n, k), M = 1.
 # fp16: 134.3 MB / 2,039 GB/s = 65.8; / 0.80 + 2 = 84.3.
@@ -29,6 +21,24 @@ BY_HAND = {
     ("w3", 12288, 49152): (120, 202),
     ("bcq3", 12288, 49152): (130, 166.6),
 }
+
+
+# The same of (m, n, k) for several rows. What is moved includes 32 inputs of 16,384 and 32 outputs of 4,096 bytes.
+# w3, 4 rows: four passes of 20.0 / 0.90 each. w4, 16 rows: one pass. w8, 16 rows: the float16 weight is written and
+# read, (67.1 + 0.7 + 268.4) MB / 2,039 GB/s / 0.80, and launched twice. bcq3, 16 rows: 16 launches of 16.45 / 0.90.
+SEVERAL_ROWS = {
+    ("fp16", 16): (66.2, 84.7),
+    ("w3", 4): (13.45, 91.0),
+    ("w4", 16): (17.8, 24.3),
+    ("w8", 16): (33.3, 210.1),
+    ("bcq3", 16): (14.7, 324.5),
+}
+
+
+@pytest.mark.parametrize(("name", "m"), SEVERAL_ROWS)
+def test_several_rows_of_inputs(name: str, m: int) -> None:
+    found = predict(GPUS["a100"], FORMATS[name], m, 4096, 16384)
+    assert (found.memory_s * 1e6, found.goal_s * 1e6) == pytest.approx(SEVERAL_ROWS[name, m], rel=3e-3)
 
 
 @pytest.mark.parametrize(("name", "n", "k"), BY_HAND)
@@ -55,57 +65,14 @@ def test_the_shapes_are_those_of_the_table() -> None:
     assert SHAPES[0] == (512, 2048) and SHAPES[-1] == (12288, 49152) and all(4 * n == k for n, k in SHAPES)
 
 
-# -- the benchmark's own arithmetic -----------------------------------------------------------------------------------
+def test_devices_go_by_their_whole_name() -> None:
+    """An A100 of 40 GB or on PCIe, or an A10G, has another bandwidth."""
+    assert {name: profile(gpu.device) for name, gpu in GPUS.items()} == {name: name for name in GPUS}
+    assert profile("NVIDIA A100-SXM4-40GB") is None and profile("NVIDIA A10G") is None
 
 
-def test_copies_leave_no_cache_warm() -> None:
-    assert copies_needed(40 << 20, 1 << 20) == 120
-    assert copies_needed(40 << 20, 100 << 20) == 2  # one copy alone would be read while it is still there
-
-
-def test_samples_take_turns() -> None:
-    order: list[str] = []
-
-    def replay(name: str) -> Callable[[], float]:
-        return lambda: order.append(name) or float(len(order))
-
-    assert interleaved([replay("a"), replay("b")], 3) == [[1, 3, 5], [2, 4, 6]]
-    assert order == ["a", "b"] * 3
-
-
-def test_quantiles() -> None:
-    assert quantiles([5.0, 1, 2, 3, 4, 6]) == pytest.approx((3.5, 2, 5))
-
-
-@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.kind != "dense"])
-def test_what_is_timed_has_the_bytes_that_are_counted(name: str) -> None:
-    form, generator = FORMATS[name], torch.Generator().manual_seed(0)
-    if form.kind == "planes":
-        weight: BCQWeight | T16Weight = random_planes(form.bits, 64, 1024, generator)
-    else:
-        weight = random_tiles(form.bits, 64, 1024, 1024 if form.bits == 8 else 128, generator)
-    assert weight.nbytes == stored_bytes(form, 64, 1024)
-    assert weight.dequantize().shape == (64, 1024) and bool(weight.dequantize().isfinite().all())
-
-
-# -- the command ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: kernels would be timed")
-def test_without_a_gpu_the_first_line_says_so() -> None:
-    report = bench.run(bench.Settings(gpus=("a100",)))
-    lines = render_kernels(report, 100).splitlines()
-    assert lines[0].startswith("No CUDA or ROCm device found: no kernel was timed.")
-    assert "predicted for a100, not measured: one row of inputs, groups of 128" in lines
-    [row] = [line.split() for line in lines if line.startswith("4096 x 16384") and " w4 " in line]
-    assert row[3:] == ["w4", "35.7", "17.5", "23.9", "3.53", "memory"]
-    assert report.measured == () and {row.kind for row in report.predicted} == {"predicted"}
-    assert len(report.predicted) == len(SHAPES) * len(FORMATS)
-
-
-def test_unknown_gpus_and_targets_are_refused() -> None:
-    with pytest.raises(InvalidInput, match='--gpus: unknown "v100": expected some of a100, h100'):
-        bench.run(bench.Settings(gpus=("v100",)))
-    pytest.importorskip("triton")
-    with pytest.raises(InvalidInput, match='--compile: unknown "sm_70": expected some of sm_80'):
-        bench.compile_all(("sm_70",))
+def test_groups_must_divide_the_inputs() -> None:
+    refused = {name for name, form in FORMATS.items() if refusal(form, 576)}
+    assert refused == {"w4", "w3", "bcq4", "bcq3"}  # 8 bits have a scale per row
+    assert refusal(FORMATS["w4"], 576) == "groups of 128 do not divide 576 inputs"
+    assert not any(refusal(form, 640) for form in FORMATS.values())

@@ -76,7 +76,7 @@ def test_a_store_of_objects_is_like_one_of_files(store: Store, tmp_path: Path) -
     assert store.finished_evaluations() == local.finished_evaluations() == {("c1", "e1"), ("c2", "e1")}
     assert store.check() == ([], [])
     copy = Store.open(tmp_path / "copy", create=True)
-    assert merge(copy, [store]).added == 6 and everything(copy) == everything(local)
+    assert merge(copy, [store]).added == 8 and everything(copy) == everything(local)
     assert query(store, "SELECT count(*) FROM documents JOIN results USING (cell_id)").rows == ((4,),)
     with pytest.raises(StoreError, match="objects are no files"):
         store.files("cells")

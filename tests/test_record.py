@@ -19,6 +19,7 @@ UNITLESS = {
     "documents": set(),
     "layers": {"layer", "rows", "columns", "bits", "group_size"},
     "analysis": {"layer"},
+    "kernels": {"samples", "spills"},
 }
 COLUMNS = {
     "cells": "cell_id attempt_id job model fingerprint recipe scheme group_size seed symmetric scale_dtype dtype "
@@ -33,6 +34,8 @@ COLUMNS = {
     "layers": "cell_id layer role module rows columns solver reason bits group_size stored_bytes weight_error "
     "output_error notes",
     "analysis": "layer role tensor statistic value cell_id eval_id",
+    "kernels": "kind gpu form m n k median_s p20_s p80_s samples moved_bytes gb_per_s memory_s efficiency predicted_s "
+    "limit ratio_fp16 registers spills shared_bytes per_weight verdict error run_id created provenance",
 }
 SAMPLES = {str: "text", bytes: b"\x00\xff", int: 3, float: 0.25, bool: True, list[float]: [0.5, -1.0]}
 

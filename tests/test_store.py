@@ -22,7 +22,7 @@ import pytest
 from qfarm import manifest, publish, record
 from qfarm.errors import StoreError, StoreFull
 from qfarm.publish import LocalFolder
-from qfarm.record import AnalysisRow, AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow
+from qfarm.record import AnalysisRow, AttemptRow, CellRow, DocumentRow, KernelRow, LayerRow, MetricRow
 from qfarm.store import Store
 
 NOW = "2025-01-02T03:04:05+00:00"
@@ -66,6 +66,21 @@ def layer_row(cell_id: str = "c1", layer: int = 0, reason: str | None = None) ->
         reason=reason,
         bits=None if reason else 4,
         stored_bytes=80,
+    )
+
+
+def kernel_row(run_id: str = "r1", kind: str = "measured") -> KernelRow:
+    return KernelRow(
+        kind=kind,
+        gpu="NVIDIA H200",
+        form="w4",
+        m=1,
+        n=4096,
+        k=4096,
+        median_s=2.5e-6,
+        run_id=run_id,
+        created=NOW,
+        provenance="{}",
     )
 
 
@@ -123,6 +138,12 @@ def fill(store: Store, cell_id: str = "c1", attempt_id: str = "a1", eval_id: str
     metrics, analysis = [metric_row(cell_id, eval_id)], [analysis_row(cell_id, eval_id)]
     assert store.publish_evaluation(cell_id, eval_id, attempt_id, metrics, documents, analysis)
     assert store.publish_attempt(attempt_row(attempt_id, cell_id))
+    assert store.publish_kernels(cell_id, [kernel_row(cell_id)])
+
+
+def first_id(table: str) -> str:
+    """The column that `cell_ids` chooses by."""
+    return "run_id" if table == "kernels" else "cell_id"
 
 
 def files(store: Store, pattern: str = "*") -> list[str]:
@@ -216,7 +237,7 @@ def test_a_newer_format_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch
         Store.open(store.location)
     with pytest.raises(StoreError, match=r"c1\.json: .*format 1, this version of qfarm reads up to 0"):
         store.read("cells")
-    assert len([fault for fault in store.check().faults if "reads up to 0" in fault]) == 3
+    assert len([fault for fault in store.check().faults if "reads up to 0" in fault]) == 4
 
 
 def test_a_store_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +270,10 @@ def test_all_tables_come_back_as_published(store: Store) -> None:
     assert store.publish_evaluation("c1", "e1", "a1", metrics, documents, analysis)
     assert store.publish_attempt(attempt)
     published = {"cells": [cell], "layers": layers, "metrics": metrics, "documents": documents, "attempts": [attempt]}
-    published |= {"analysis": analysis}
+    kernels = [kernel_row(), kernel_row(kind="predicted")]
+    assert store.publish_kernels("r1", kernels)
+    assert not store.publish_kernels("r1", kernels[:1])
+    published |= {"analysis": analysis, "kernels": kernels}
     assert published.keys() == record.TABLES.keys()
     for table, rows in published.items():
         assert [record.TABLES[table](**row) for row in store.read(table).to_pylist()] == rows
@@ -284,6 +308,17 @@ def test_a_store_from_before_the_table_of_layers_figures(store: Store) -> None:
     assert store.read("analysis").num_rows == 1 and store.read("metrics").num_rows == 2
 
 
+def test_a_store_from_before_the_table_of_kernels(store: Store) -> None:
+    """It has neither a folder for their manifests nor one for their parts until it is opened for writing."""
+    (Path(store.location) / "manifests" / "kernels").rmdir()
+    (Path(store.location) / "parts" / "kernels").rmdir()
+    assert store.read("kernels").num_rows == 0 and store.check() == ([], [])
+    assert store.compact() is not None
+    assert Store.open(store.location, create=True).publish_kernels("r1", [kernel_row()])
+    again = Store.open(store.location)
+    assert again.read("kernels")["form"].to_pylist() == ["w4"] and again.check() == ([], [])
+
+
 def test_what_is_finished(store: Store) -> None:
     fill(store, "c1", "a1", "e1")
     assert store.publish_evaluation("c2", "e-2_x", "a2", [metric_row("c2", "e-2_x")], [])
@@ -316,7 +351,8 @@ def test_reading_some_cells_opens_only_their_parts(store: Store, table: str) -> 
         fill(store, f"c{number}", f"a{number}")
     for path in Path(store.location).rglob("c2.*"):
         path.write_bytes(b"never opened")
-    assert set(store.read(table, cell_ids={"c1", "c3", "absent"})["cell_id"].to_pylist()) == {"c1", "c3"}
+    chosen = store.read(table, cell_ids={"c1", "c3", "absent"})
+    assert set(chosen[first_id(table)].to_pylist()) == {"c1", "c3"}
     assert store.read(table, cell_ids=[]).num_rows == 0
 
 
@@ -564,7 +600,7 @@ def test_a_killed_writer_leaves_a_readable_store(store: Store, before: str) -> N
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert store.finished_cells() == {"c1"}
     for table in record.TABLES:
-        assert set(store.read(table)["cell_id"].to_pylist()) == {"c1"}
+        assert set(store.read(table)[first_id(table)].to_pylist()) == {"c1"}
     assert store.check().faults == []
     assert len(store.check().leftovers) == {"manifests/": 2, "parts/layers/": 1, "os.link": 1}[before]
     fill(store, "c2", "a2")
@@ -746,6 +782,7 @@ def test_part_names_tell_whose_they_are(store: Store) -> None:
         "parts/attempts/c1.a1",
         "parts/cells/c1.a1",
         "parts/documents/c1.e1.a1",
+        "parts/kernels/c1",
         "parts/layers/c1.a1",
         "parts/metrics/c1.e1.a1",
     ]

@@ -7,64 +7,81 @@ from rich.text import Text
 
 from qfarm.bench.kernels import NO_GPU, Report
 from qfarm.bench.show import columns
-from qfarm.kernels.roofline import FORMATS, stored_bytes
+from qfarm.record import KernelFigures
 from qfarm.report.render import terminal_text
 
 LEGEND = (
-    "roofline: bytes / bandwidth. goal: 2 us + the largest of roofline / 0.80, instructions / 0.90 and tensor cores / "
-    "0.70 (qfarm.kernels.roofline), limit: which of them. x fp16: the goal of fp16 / this one."
+    "m: rows of inputs. roofline: bytes / bandwidth. goal: 2 us per launch + the largest of roofline / 0.80, "
+    "instructions / 0.90 and tensor cores / 0.70, with what several passes take (qfarm.kernels.roofline); limit: which "
+    "of them. x fp16: the goal of fp16 / this one."
 )
+TIMES_LEGEND = (
+    "us: median per launch, cold cache. of memory: roofline / us. x fp16: us of fp16, the library's product / this "
+    "one's. copy: of the float16 weight, read and written. goal us: predicted, as below."
+)
+NONE = "-"
 
 
 def render_kernels(report: Report, width: int, color: bool = False) -> str:
     """Times where there are any, then predictions, then what was compiled: a table each, with what it is above it."""
     parts: list[Text | Table] = []
-    if report.measured:
+    if timed := report.of("measured"):
         where = f"{report.machine['gpu']}, torch {report.machine['packages']['torch']}"
-        parts += [Text(f"measured: {where}\n"), _timings(report)]
+        parts += [Text(f"measured: {where}; groups of 128\n"), _timings(timed), *_errors(timed)]
+        parts.append(Text("\n" + TIMES_LEGEND))
     else:
         parts.append(Text(NO_GPU))
     for gpu in report.settings.gpus:
-        parts += [
-            Text(f"\npredicted for {gpu}, not measured: one row of inputs, groups of 128\n"),
-            _predictions(report, gpu),
-        ]
+        rows = [row for row in report.of("predicted") if row.gpu == gpu]
+        parts += [Text(f"\npredicted for {gpu}, not measured: groups of 128\n"), _predictions(rows), *_errors(rows)]
     parts.append(Text("\n" + LEGEND))
-    if report.compiled:
-        parts += [Text("\ncompiled, not run\n"), _compiled(report)]
+    if compiled := report.of("compiled"):
+        parts += [Text("\ncompiled, not run\n"), _compiled(compiled)]
+    if report.settings.store is not None:
+        parts.append(Text(f"\n{report.settings.store}: run {report.run_id} in table kernels"))
     return terminal_text(parts, width, color)
 
 
-def _timings(report: Report) -> Table:
-    table = columns(("n x k", "format", "us", "p20", "p80", "samples", "GB/s", "x fp16"), left=2)
-    plain = {(row.n, row.k): row.median_s for row in report.measured if row.form == "fp16"}
-    for row in report.measured:
-        if row.median_s is None or row.p20_s is None or row.p80_s is None:
-            table.add_row(f"{row.n} x {row.k}", row.form, f"FAILED: {row.error}")
-            continue
-        moved = stored_bytes(FORMATS[row.form], row.n, row.k) + 2 * row.m * (row.n + row.k)
-        fp16 = plain.get((row.n, row.k))
-        times = [f"{seconds * 1e6:.1f}" for seconds in (row.median_s, row.p20_s, row.p80_s)]
-        rate = f"{moved / row.median_s / 1e9:.0f}"
-        ratio = "-" if fp16 is None else f"{fp16 / row.median_s:.2f}"
-        table.add_row(f"{row.n} x {row.k}", row.form, *times, str(row.samples), rate, ratio)
+def _timings(rows: list[KernelFigures]) -> Table:
+    names = ("m", "n x k", "format", "us", "p20", "p80", "samples", "GB/s", "of memory", "x fp16", "goal us")
+    table = columns(names, left=3)
+    for row in rows:
+        times = [_us(seconds) for seconds in (row.median_s, row.p20_s, row.p80_s)]
+        rate, share = _figure(row.gb_per_s, ".0f"), _figure(row.efficiency, ".0%")
+        figures = [str(row.samples), rate, share, _figure(row.ratio_fp16, ".2f"), _us(row.predicted_s)]
+        table.add_row(str(row.m), f"{row.n} x {row.k}", row.form, *times, *figures)
     return table
 
 
-def _predictions(report: Report, gpu: str) -> Table:
-    table = columns(("n x k", "format", "MB", "roofline us", "goal us", "x fp16", "limit"), left=2)
-    for row in report.predicted:
-        if row.gpu == gpu:
-            found = row.prediction
-            figures = [f"{found.moved / 1e6:.1f}", f"{found.memory_s * 1e6:.1f}", f"{found.goal_s * 1e6:.1f}"]
-            table.add_row(f"{row.n} x {row.k}", row.form, *figures, f"{row.ratio:.2f}", found.limit)
+def _predictions(rows: list[KernelFigures]) -> Table:
+    table = columns(("m", "n x k", "format", "MB", "roofline us", "goal us", "x fp16", "limit"), left=3)
+    for row in rows:
+        size = _figure(None if row.moved_bytes is None else row.moved_bytes / 1e6, ".1f")
+        figures = [size, _us(row.memory_s), _us(row.predicted_s), _figure(row.ratio_fp16, ".2f"), row.limit or NONE]
+        table.add_row(str(row.m), f"{row.n} x {row.k}", row.form, *figures)
     return table
 
 
-def _compiled(report: Report) -> Table:
+def _compiled(rows: list[KernelFigures]) -> Table:
     table = columns(("target", "launch", "registers", "spills", "shared", "per element", "budget"), left=2)
-    for row in report.compiled:
-        figures = [str(row["registers"]), str(row["spills"]), str(row["shared"])]
-        each = f"{row['per_element']:.2f}" if "per_element" in row else "-"
-        table.add_row(row["target"], row["launch"], *figures, each, "; ".join(row["breaches"]) or "kept")
+    for row in rows:
+        figures = [str(row.registers), str(row.spills), str(row.shared_bytes), _figure(row.per_weight, ".2f")]
+        table.add_row(row.gpu, row.form, *figures, row.verdict or NONE)
     return table
+
+
+def _errors(rows: list[KernelFigures]) -> list[Text]:
+    """Why rows are empty, under their table: one line per reason and shape."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.error is not None:
+            reasons.setdefault(f"m {row.m}, {row.n} x {row.k}: {row.error}", []).append(row.form)
+    return [Text(f"no figures: {', '.join(forms)}: {reason}") for reason, forms in reasons.items()]
+
+
+def _us(seconds: float | None) -> str:
+    return NONE if seconds is None else f"{seconds * 1e6:.1f}"
+
+
+def _figure(value: float | None, style: str) -> str:
+    return NONE if value is None else format(value, style)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -294,22 +295,37 @@ def bench_memory(style: str, method: str, **settings: Any) -> None:
 @bench_group.command("kernels")
 @click.option("--gpus", default="a100,h100", show_default=True, metavar="A,B", help="GPUs to predict times for.")
 @click.option("--compile", "targets", default="", metavar="A,B", help="Also compile for these: sm_80, sm_90, gfx942.")
+@click.option("--job", metavar="JOB", help="Shapes of its models' linear layers, in place of LUT-GEMM's.")
+@click.option("--rows", default="1", show_default=True, metavar="A,B", help="Rows of inputs: tokens at a time.")
+@click.option("--store", metavar="STORE", help="Publish every row there, in table kernels; made where there is none.")
 @click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
-def bench_kernels(style: str, gpus: str, targets: str) -> None:
+def bench_kernels(style: str, gpus: str, targets: str, job: str | None, rows: str, store: str | None) -> None:
     """Kernels on the shapes of LUT-GEMM's latency table: timed on a GPU, predicted without one.
 
     Predictions are a model of bytes and instructions, not measurements.
     --compile takes about half a minute per target, and no GPU.
+    With --store each call adds a run of its own; rows say whether they were
+    measured, predicted or compiled.
 
     \b
     Examples:
       qfarm bench kernels
       qfarm bench kernels --gpus h200 --compile sm_90 --format json
+      qfarm bench kernels --job jobs/llama_matrix.yaml --rows 1,16
+      qfarm bench kernels --store results/kernels
+      qfarm query --store results/kernels "SELECT form, median_s FROM kernels"
     """
     from qfarm.bench import kernels as bench
     from qfarm.bench.show import render_json
     from qfarm.bench.show_kernels import render_kernels
 
     names, wanted = (tuple(filter(None, (name.strip() for name in text.split(",")))) for text in (gpus, targets))
-    report = bench.run(bench.Settings(gpus=names, targets=wanted), lambda text: click.echo(text, err=True))
+    counts = [word.strip() for word in rows.split(",")]
+    if not all(word.isdecimal() for word in counts):
+        raise InvalidInput(f'--rows "{rows}": whole numbers with commas between them, as in 1,16')
+    once = tuple(dict.fromkeys(map(int, counts)))
+    chosen = bench.Settings(gpus=tuple(dict.fromkeys(names)), targets=wanted, rows=once, store=store)
+    if job is not None:
+        chosen = dataclasses.replace(chosen, shapes=bench.shapes_of(job))
+    report = bench.run(chosen, lambda text: click.echo(text, err=True))
     click.echo(render_json(report) if style == "json" else render_kernels(report, width(), color()), nl=False)
