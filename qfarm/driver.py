@@ -138,8 +138,9 @@ def _require_gpu_here(gpus: float) -> None:
         return
     import torch
 
-    if not torch.cuda.is_available():
-        raise InvalidInput(lacking_gpu(gpus))
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus > here:
+        raise InvalidInput(lacking_gpu(gpus, here))
 
 
 def _board(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qfarm.job import Job
 from qfarm.matrix import Cell
-from qfarm.memory import BLOCKS_ELSEWHERE, SLACK, needs
+from qfarm.memory import BLOCKS_ELSEWHERE, OFFLOADED, SHRUNK, SLACK, Needs, needs
 from qfarm.models.reference import ModelFacts
 from qfarm.scheme import parse_scheme
 
@@ -29,6 +29,7 @@ ASSUMED_GPU_RATE = 1.5e14  # operations per second of one GPU, about half of an 
 FRACTIONS = (0.125, 0.25, 0.5)
 CONTEXT_BYTES = 1.5e9
 RATES = ("assumed rate", "measured rate")
+LESS_MEMORY = (BLOCKS_ELSEWHERE, SHRUNK, OFFLOADED)  # notes of attempts that took less than a first one does
 RECENT = 200  # attempts that the arithmetic is corrected by
 
 
@@ -36,9 +37,12 @@ RECENT = 200  # attempts that the arithmetic is corrected by
 class Estimate:
     seconds: float
     device_bytes: int
-    working_bytes: int = 0  # of these, what each of several GPUs needs beside its share of the weights
-    streamed_bytes: int  # what one GPU needs when all blocks but the current one are in the host's memory
+    needed: Needs  # by part, for models that lie in several places
     source: str  # "store", "measured rate", "assumed rate", each rate also with ", corrected"
+
+    def on_each(self, gpus: int) -> float:
+        """Bytes of tensors on each GPU when so many have the model's blocks."""
+        return self.device_bytes if gpus == 1 else self.needed.on_each(gpus)
 
 
 def machine_rate(gpus: float) -> tuple[float, str]:
@@ -100,7 +104,7 @@ def history(store: Store | None, *, gpu: bool = False) -> History:
         spec = specs[row["cell_id"]]
         done = work(spec, json.loads(row["evaluations"] or "[]"))
         seconds.setdefault(done, []).append(row["wall_s"])
-        if not any(note.startswith(BLOCKS_ELSEWHERE) for note in json.loads(row["notes"] or "[]")):
+        if not any(note.startswith(LESS_MEMORY) for note in json.loads(row["notes"] or "[]")):
             peaks[done] = max(peaks.get(done, 0), row[peak] or 0)
         if row["expected_s"] and row["expected_from"] in RATES:
             wrong.setdefault(spec["fingerprint"], []).append(row["wall_s"] / row["expected_s"])
@@ -124,17 +128,22 @@ def gpu_share(expected: Estimate, gpus: float, gpu_memory: float | None, *, spre
         parts = max(1, int(share))
         if share > gpus or (parts > 1 and not spreads):
             continue
-        weights = expected.device_bytes - expected.working_bytes
-        need = (weights / parts + expected.working_bytes) * SLACK + CONTEXT_BYTES
-        if need <= min(share, 1) * gpu_memory * 1e9:
+        if with_slack(expected.on_each(parts)) <= min(share, 1) * gpu_memory * 1e9:
             return share
     return None
 
 
+def with_slack(size: float) -> float:
+    """Bytes of a GPU for so many bytes of tensors: what the allocator and the context take beside."""
+    return size * SLACK + CONTEXT_BYTES
+
+
 def streaming_share(expected: Estimate, gpus: float, gpu_memory: float) -> float | None:
-    """GPUs of a worker for a cell whose blocks come from the host's memory one by one; None when that is short, too."""
-    share = min(gpus, 1)
-    return share if expected.streamed_bytes * SLACK + CONTEXT_BYTES <= share * gpu_memory * 1e9 else None
+    """The one GPU of a worker for a cell whose blocks come from the host's memory one by one; None when that is short.
+
+    Not a part of one: a worker takes for its own what is free, and would lay the model there as a whole.
+    """
+    return 1 if gpus >= 1 and with_slack(expected.needed.blockwise) <= gpu_memory * 1e9 else None
 
 
 def estimate(
@@ -144,14 +153,15 @@ def estimate(
     evaluators: Mapping[str, Any],
     past: History,
     rate: tuple[float, str],
+    packed: bool = False,
 ) -> Estimate:
-    """Seconds and device memory of one cell with these evaluations (by eval_id) still to run."""
+    """Seconds and device memory of one cell with these evaluations (by eval_id) still to run, some of them packed."""
     linear, tables = facts.parameters
     shapes = facts.linear_shapes.values()
     layers = facts.config["num_hidden_layers"]
     window = max((evaluator.window or 0 for evaluator in evaluators.values()), default=0)
     device = "cuda" if job.file.resources.gpus else "cpu"
-    needed = needs(facts, cell, window=window, device=device)
+    needed = needs(facts, cell, window=window, device=device, packed=packed)
     operations = sum(2.0 * evaluator.tokens() * (linear + tables) for evaluator in evaluators.values())
     if cell.calibration:
         tokens = cell.calibration["samples"] * cell.calibration["length"]
@@ -161,15 +171,11 @@ def estimate(
         operations += layers * sum(2.0 * m * n * n for m, n in shapes)
     same = work(vars(cell), evaluators)
     whole = past.bytes.get(same, needed.peak)
-    memory = {
-        "device_bytes": whole,
-        "working_bytes": min(whole, needed.working),
-        "streamed_bytes": min(whole, needed.blockwise),
-    }
     known = past.seconds.get(same)
     if known is not None:
-        return Estimate(seconds=known, source="store", **memory)
+        return Estimate(seconds=known, source="store", device_bytes=whole, needed=needed)
     seconds, correction = operations / rate[0], past.correction(cell.fingerprint)
     if correction is None:
-        return Estimate(seconds=seconds, source=rate[1], **memory)
-    return Estimate(seconds=seconds * correction, source=f"{rate[1]}, corrected", **memory)
+        return Estimate(seconds=seconds, source=rate[1], device_bytes=whole, needed=needed)
+    corrected = f"{rate[1]}, corrected"
+    return Estimate(seconds=seconds * correction, source=corrected, device_bytes=whole, needed=needed)

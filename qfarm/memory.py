@@ -7,7 +7,9 @@
     solving     the second moments of an input being factored, or the weights that read it in the column loop
     scoring     windows passing through a block, then a chunk of logits of the model and of its baseline
 
-    peak      = model + quantized + max(walk + statistics + solving, scoring)
+    packing     of a packed run: codes until they are packed, packed layers, the moved weights of `crosscheck`
+
+    peak      = model + quantized + packing + max(walk + statistics + solving, scoring)
     private   = the same without `model`: what a worker on a CPU allocates
     blockwise = tables + two copies of a block + max(...): on a device to which blocks are streamed
 
@@ -37,6 +39,7 @@ BATCH_TOKENS = {"calibration": 4096, "evaluation": 2048}  # per forward pass (qf
 LOGITS, COMPARED = {"cpu": 1 << 24, "cuda": 1 << 27}, {"cpu": 1 << 17, "cuda": 1 << 27}
 COMPARED_BYTES = 24  # of each of these: logits and probabilities of both models, and two differences
 BLOCKS_ELSEWHERE = "blocks "  # so begins the note of an attempt whose model was not on one device as a whole
+SHRUNK, OFFLOADED = "batches halved", "original weights kept"  # and of those that ran out of memory before
 SLACK = 1.2  # of what an allocator takes beside (an unpublished value)
 
 
@@ -52,6 +55,7 @@ class Needs:
     statistics: int
     solving: int
     scoring: int
+    packing: int = 0
 
     @property
     def working(self) -> int:
@@ -61,7 +65,7 @@ class Needs:
     @property
     def private(self) -> int:
         """What a worker on a CPU allocates; the model itself stays in the files' pages."""
-        return self.quantized + self.working
+        return self.quantized + self.packing + self.working
 
     @property
     def peak(self) -> int:
@@ -78,8 +82,8 @@ class Needs:
         return self.tables + 2 * self.block + self.working
 
 
-def needs(facts: ModelFacts, cell: Cell, *, window: int = 0, device: str = "cpu") -> Needs:
-    """What a cell takes at most; `window` is the longest that its evaluations read, in tokens."""
+def needs(facts: ModelFacts, cell: Cell, *, window: int = 0, device: str = "cpu", packed: bool = False) -> Needs:
+    """What a cell takes at most; `window` is the longest that its evaluations read, in tokens; `packed`: by any."""
     size, hidden = DTYPE_BYTES[cell.dtype], facts.config["hidden_size"]
     linear, tables = facts.parameters
     shapes, scheme = facts.linear_shapes, parse_scheme(cell.scheme)
@@ -108,6 +112,7 @@ def needs(facts: ModelFacts, cell: Cell, *, window: int = 0, device: str = "cpu"
         block=linear // blocks * size,
         tables=tables * size,
         quantized=quantized * size,
+        packing=quantized * (1 + 1 + size) if packed else 0,  # packed layers: a byte per weight at most
         walk=walk,
         statistics=statistics,
         solving=solving,

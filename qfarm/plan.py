@@ -8,13 +8,22 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from qfarm.errors import Failure, JobError, Unavailable
-from qfarm.estimate import Estimate, estimate, gpu_share, history, machine_rate, streaming_share
+from qfarm.estimate import (
+    Estimate,
+    History,
+    estimate,
+    gpu_share,
+    history,
+    machine_rate,
+    streaming_share,
+    with_slack,
+)
 from qfarm.evaluate import Evaluator, eval_id
 from qfarm.job import Job, Resources
 from qfarm.matrix import Cell, Invalid, canonical_hash, expand
 from qfarm.models.reference import PROVISIONAL, ModelFacts, resolve
 from qfarm.recipe import Recipe, Stage, build_method, solves_blocks
-from qfarm.runs import ON, Run, one_device_rule, packed_refusal
+from qfarm.runs import ON, Run, one_device_evaluation, one_device_rule, packed_refusal, run_of
 from qfarm.scheme import parse_scheme
 from qfarm.store import Store
 from qfarm.text import Part, text_hash
@@ -159,27 +168,23 @@ def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisio
         finished_specs = tuple(spec for spec, known in zip(specs, done, strict=True) if known)
         hopeless = any((cell.cell_id, spec.eval_id) in ended for spec in finished_specs)
         to_run = () if hopeless else lacking
-        missing = {spec.eval_id: wanted[spec.eval_id][1] for spec in to_run}
-        expected = estimate(job, cell, facts(cell.model), missing, past, rate)
-        alone = _one_device(cell, missing.values(), runs)
-        share = gpu_share(expected, resources.gpus, resources.gpu_memory, spreads=alone is None)
-        if share is None and missing and resources.gpu_memory is not None:
-            needs = f"needs about {expected.device_bytes / 1e9:.0f} GB, more than"
-            most = f"{needs} the {resources.gpus:g} GPU(s) of a worker"
-            share = None if alone else streaming_share(expected, resources.gpus, resources.gpu_memory)
-            if share is None:
-                rule = f"{needs} one GPU, and {alone}" if alone else f"{most}, even if its blocks are streamed"
-                too_large.append(Invalid(model=cell.model, label=cell.label, rule=rule))
-                continue
-            notes[f"{cell.label} of {cell.model} {most}: its blocks will be streamed from the host's memory"] = None
-        share = resources.gpus if share is None else share
+        place = _place(job, cell, facts(cell.model), _evaluators(to_run, wanted), past, rate)
+        simulated = tuple(spec for spec in to_run if run_of(spec.protocol) != "packed")
+        if place.refusal and simulated and len(simulated) < len(to_run):  # it can still be run as `fake`
+            too_large.append(Invalid(model=cell.model, label=f"{cell.label} packed", rule=place.refusal))
+            to_run, place = simulated, _place(job, cell, facts(cell.model), _evaluators(simulated, wanted), past, rate)
+        if place.refusal:
+            too_large.append(Invalid(model=cell.model, label=cell.label, rule=place.refusal))
+            continue
+        if place.note:
+            notes[f"{cell.label} of {cell.model} {place.note}"] = None
         planned.append(
             PlannedCell(
                 cell=cell,
                 missing=to_run,
                 finished=finished_specs,
-                estimate=expected,
-                gpus=share,
+                estimate=place.estimate,
+                gpus=place.gpus,
                 skipped=lacking if hopeless else (),
             )
         )
@@ -187,13 +192,45 @@ def make_plan(job: Job, store: Store | None, data: str | None, *, allow_provisio
     return Plan(job=job, cells=tuple(planned), invalid=invalid, notes=(*matrix.notes, *notes))
 
 
-def _one_device(cell: Cell, evaluators: Iterable[Evaluator], runs: Iterable[Run]) -> str | None:
-    """Why the cell's model has to lie on one device as a whole; None where it need not."""
-    if "packed" in runs:
-        return "a packed run has its layers on one device"
-    rule = one_device_rule(Recipe.from_specs(cell.methods), parse_scheme(cell.scheme))
-    compares = next((evaluator.name for evaluator in evaluators if evaluator.one_device), None)
-    return rule or (compares and f"{compares} compares blocks that lie on one device")
+Specs = Mapping[str, tuple[EvaluationSpec, Evaluator]]  # by eval_id
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Place:
+    """What a cell takes, and where it is put."""
+
+    estimate: Estimate
+    gpus: float
+    refusal: str | None = None  # why it is put nowhere
+    note: str | None = None
+
+
+def _evaluators(specs: Iterable[EvaluationSpec], wanted: Specs) -> Specs:
+    return {spec.eval_id: wanted[spec.eval_id] for spec in specs}
+
+
+def _place(job: Job, cell: Cell, facts: ModelFacts, specs: Specs, past: History, rate: tuple[float, str]) -> _Place:
+    """GPUs of a worker for a cell with these evaluations to run."""
+    resources = job.file.resources
+    evaluators = {name: evaluator for name, (_, evaluator) in specs.items()}
+    packed = not cell.is_baseline and any(run_of(spec.protocol) == "packed" for spec, _ in specs.values())
+    expected = estimate(job, cell, facts, evaluators, past, rate, packed)
+    alone = one_device_evaluation(evaluators.values(), packed) or one_device_rule(
+        Recipe.from_specs(cell.methods), parse_scheme(cell.scheme)
+    )
+    gpus, memory = resources.gpus, resources.gpu_memory
+    share = gpu_share(expected, gpus, memory, spreads=alone is None)
+    if share is not None or not specs or memory is None:
+        return _Place(estimate=expected, gpus=gpus if share is None else share)
+    least = min(gpus, 1) if alone else gpus
+    size = f"{with_slack(expected.device_bytes) / 1e9:.0f} GB, slack included"
+    needs = f"needs about {size}, more than {least:g} GPU(s) of {memory:g} GB"
+    if alone:
+        return _Place(estimate=expected, gpus=gpus, refusal=f"{needs}, and {alone}")
+    share = streaming_share(expected, gpus, memory)
+    if share is None:
+        return _Place(estimate=expected, gpus=gpus, refusal=f"{needs}, even if its blocks are streamed")
+    return _Place(estimate=expected, gpus=share, note=f"{needs}: its blocks will be streamed from the host's memory")
 
 
 def _not_packed(job: Job, cells: Iterable[Cell]) -> dict[str, Invalid]:

@@ -10,12 +10,13 @@ What cannot be run packed is refused when a job is planned, with its rule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from qfarm.scheme import Scheme
 
 if TYPE_CHECKING:
+    from qfarm.evaluate import Evaluator
     from qfarm.recipe import Recipe
 
 Run = Literal["fake", "packed"]
@@ -50,6 +51,14 @@ def packed_refusal(recipe: Recipe, scheme: Scheme) -> str | None:
         if reason:
             return f"{method.name}: {reason}"
     return None
+
+
+def one_device_evaluation(evaluators: Iterable[Evaluator], packed: bool) -> str | None:
+    """The same for what is measured of a cell; `packed`: some of it from its packed layers."""
+    if packed:
+        return "a packed run has its layers on one device"
+    compares = next((evaluator.name for evaluator in evaluators if evaluator.one_device), None)
+    return compares and f"{compares} compares blocks that lie on one device"
 
 
 def one_device_rule(recipe: Recipe, scheme: Scheme) -> str | None:

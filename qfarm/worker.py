@@ -30,7 +30,7 @@ from qfarm.layers.products import refuse_device
 from qfarm.layers.sites import Observed
 from qfarm.layers.twin import twin_blocks
 from qfarm.matrix import Cell, canonical_hash
-from qfarm.memory import Arrangement, arrange, needs
+from qfarm.memory import OFFLOADED, SHRUNK, Arrangement, arrange, needs
 from qfarm.models.load import DTYPES, LoadedModel, load
 from qfarm.models.place import HOST
 from qfarm.models.reference import ModelFacts, resolve
@@ -39,7 +39,7 @@ from qfarm.quantized import QuantizedWeight
 from qfarm.quantizer import Grid
 from qfarm.recipe import Method, Recipe, WeightSolver, build_method
 from qfarm.record import AnalysisRow, AttemptRow, CellRow, DocumentRow, LayerRow, MetricRow, utc_now
-from qfarm.runs import ON, one_device_rule, run_of
+from qfarm.runs import ON, one_device_evaluation, one_device_rule, run_of
 from qfarm.scheme import UNTOUCHED, Scheme, parse_scheme
 from qfarm.shared import KeptObservations, SharedStatistics, fits, needed_bytes, spare_bytes
 from qfarm.store import Store
@@ -51,6 +51,15 @@ Progress = Callable[[str, int, int], None]  # stage, done, total (0 = unknown)
 # Of a perplexity, between two runs of one cell: the most that another dtype moved one (bfloat16, ln PPL per window).
 RERUN_FLOOR = 0.003
 OFFLOAD_AFTER = 2  # attempts that ran out of memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Demands:
+    """What a cell's evaluations ask of where its model lies; see `Session.begin`."""
+
+    window: int
+    packed: bool
+    one_device: bool
 
 
 class Session:
@@ -68,7 +77,7 @@ class Session:
         self.causal = True  # False: the cell's quantizers look across tokens, so that padding would matter
         self.packed: PackedModel | None = None  # the cell's packed layers, where an evaluation runs packed
         self.evaluation = ""  # eval_id of what is being run: it fixes the order in which windows are visited
-        self._peak = 0  # of this attempt's host memory before it was measured anew
+        self._peak = self._gpu_peak = 0  # of this attempt's memory before it was measured anew
         self._key: tuple[str, str, str] | None = None  # fingerprint, tokenizer and dtype of the loaded model
         self._loaded: LoadedModel | None = None
         self._arranged: Arrangement | None = None  # where the loaded model lies; None: nowhere in particular
@@ -90,10 +99,21 @@ class Session:
 
     def start_peak(self) -> None:
         """Have `peak_bytes` speak of what comes from here on; the attempt's own peak is kept."""
-        self._peak = self.attempt_peak() or 0
+        self._peak, self._gpu_peak = self.attempt_peak() or 0, self.attempt_gpu_peak() or 0
+        self._reset_peaks()
+
+    def start_attempt(self) -> None:
+        """What earlier attempts took is no matter from here on."""
+        self._peak = self._gpu_peak = 0
+        self._reset_peaks()
+
+    def _reset_peaks(self) -> None:
         environment.reset_peak_host_bytes()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        for index in self._gpus():
+            torch.cuda.reset_peak_memory_stats(index)
+
+    def _gpus(self) -> range:
+        return range(torch.cuda.device_count() if self.device.type == "cuda" else 0)
 
     def peak_bytes(self) -> int | None:
         """The largest memory since `start_peak`: allocated on a GPU, else resident; None where it is not known."""
@@ -105,26 +125,42 @@ class Session:
         latest = environment.peak_host_bytes()
         return None if latest is None else max(latest, self._peak)
 
+    def attempt_gpu_peak(self) -> int | None:
+        """The most that this attempt had allocated on all GPUs of the worker together; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return max(self._gpu_peak, sum(torch.cuda.max_memory_allocated(index) for index in self._gpus()))
+
     def batch(self, tokens: int, length: int) -> int:
         """Sequences of `length` tokens per forward pass, from the usual tokens per pass."""
         return max(1, (tokens >> self.shrink) // length)
 
-    def begin(self, cell: Cell, shrink: int = 0, share: Sequence[str] = ()) -> None:
+    def begin(
+        self,
+        cell: Cell,
+        shrink: int = 0,
+        share: Sequence[str] = (),
+        *,
+        window: int = 0,
+        packed: bool = False,
+        one_device: bool = False,
+    ) -> None:
         """Make the cell's original model ready; `share` names statistics to keep for cells that follow.
 
-        Raises InvalidInput when the model is no longer what was planned.
+        `window`: the most tokens that its evaluations read at once; `packed`: some run it packed; `one_device`: they
+        need the model on one device as a whole. Raises InvalidInput when the model is no longer what was planned.
         """
         self.cell, self.shrink, self.notes, self.baseline_states = cell, shrink, [], {}
         self.causal, self.packed = True, None
         self.share = frozenset(Statistic(name) for name in share)
         self.keep_twins, self.twins = False, []
-        self._peak = 0
+        demands = _Demands(window=window, packed=packed, one_device=one_device)
         if shrink:
-            self.note(f"batches halved up to {shrink} times after running out of memory; last bits may differ")
+            self.note(f"{SHRUNK} up to {shrink} times after running out of memory; last bits may differ")
         key = (cell.fingerprint, cell.tokenizer, cell.dtype)
         if self._key == key:
             self.loaded.restore()
-            self._arrange()
+            self._arrange(demands)
             return
         self._key, self._loaded, self._windows, self._shared = None, None, {}, {}
         self._observed = KeptObservations()
@@ -137,11 +173,11 @@ class Session:
         if self._loaded.not_shared:
             self.note(self._loaded.not_shared)
         self._key = key
-        self._arrange()
+        self._arrange(demands)
         # Methods may replace the head's weight, but what compares with the baseline needs the original.
         self._head = (self._loaded.head.weight, self._loaded.head.bias)
 
-    def _arrange(self) -> None:
+    def _arrange(self, demands: _Demands) -> None:
         """Put the original model where this cell takes it: on the device, over several, or streamed block by block.
 
         Where smaller batches were not enough, what only the next cell needs leaves the device.
@@ -155,8 +191,11 @@ class Session:
         if rooms:
             rule = one_device_rule(Recipe.from_specs(self.cell.methods), parse_scheme(self.cell.scheme))
             assert self._model is not None
-            needed = needs(self._model, self.cell, device=self.device.type)
-            arranged = arrange(needed, len(rooms), min(rooms.values()), movable=rule is None, short=short)
+            needed = needs(
+                self._model, self.cell, window=demands.window, device=self.device.type, packed=demands.packed
+            )
+            movable = rule is None and not demands.one_device
+            arranged = arrange(needed, len(rooms), min(rooms.values()), movable=movable, short=short)
         if arranged != self._arranged:
             self._arranged = None
             self.loaded.place(list(rooms or [self.device])[: arranged.gpus], streamed=arranged.streamed)
@@ -164,7 +203,7 @@ class Session:
         if arranged.note:
             self.note(arranged.note)
         if short and not arranged.streamed:  # streaming keeps everything there
-            self.note("original weights kept in the host's memory after running out of the device's")
+            self.note(f"{OFFLOADED} in the host's memory after running out of the device's")
 
     def rooms(self) -> dict[torch.device, int]:
         """The worker's GPUs with the bytes that it can have of each; none on a CPU."""
@@ -298,9 +337,7 @@ def run_cell(task: Task, session: Session, report: Progress) -> Outcome:
     store = Store.open(task.store)
     clock = _Clock(report)
     started, began = utc_now(), time.perf_counter()
-    environment.reset_peak_host_bytes()
-    if session.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    session.start_attempt()
     failure: Failure | None = None
     error: BaseException | None = None
     figures: list[tuple[str, float]] = []
@@ -332,7 +369,7 @@ def run_cell(task: Task, session: Session, report: Progress) -> Outcome:
             wall_s=seconds,
             stages=json.dumps(clock.seconds),
             peak_host_bytes=session.attempt_peak(),
-            peak_gpu_bytes=_gpu_peak() if session.device.type == "cuda" else None,
+            peak_gpu_bytes=session.attempt_gpu_peak(),
             expected_s=task.expected_s,
             expected_from=task.expected_from,
             notes=json.dumps(session.notes),
@@ -355,29 +392,30 @@ def run_cell(task: Task, session: Session, report: Progress) -> Outcome:
     )
 
 
-def _gpu_peak() -> int:
-    """Of all GPUs of the worker together."""
-    return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
-
-
 def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: list[tuple[str, float]]) -> float:
     cell = task.cell
     packed = [spec.protocol for spec in task.evaluations if run_of(spec.protocol) == "packed"]
     packs = bool(packed)
     for protocol in packed:
         refuse_device(session.device, protocol.get(ON, "cpu"))
-    with clock("load"):
-        session.begin(cell, task.shrink, task.share)
     evaluators = [(spec, build_evaluator(spec.name, spec.options)) for spec in task.evaluations]
+    packs_layers = packs and not cell.is_baseline
+    alone = one_device_evaluation([evaluator for _, evaluator in evaluators], packs_layers)
+    with clock("load"):
+        session.begin(
+            cell,
+            task.shrink,
+            task.share,
+            window=max((evaluator.window or 0 for _, evaluator in evaluators), default=0),
+            packed=packs_layers,
+            one_device=alone is not None,
+        )
     with clock("prepare"):
         for spec, evaluator in evaluators:
             for name, part in evaluator.texts():
                 session.require_text(name, part, spec.protocol["texts"][f"{public_name(name)}/{part}"])
             with _reading_cache(session, spec):
                 evaluator.prepare(session)
-    if (session.keep_twins or packs) and session.loaded.placement is not None:
-        needs_one = "a packed run has its layers" if packs else "analysis compares blocks that lie"
-        raise InvalidInput(f"{needs_one} on one device; this model's are spread or streamed")
     weights: dict[str, QuantizedWeight] = {}
     with clock("quantize" if cell.calibration is None else "calibrate + quantize") as progress:
         layers, installed = quantize_cell(session, progress, weights.__setitem__ if packs else None)

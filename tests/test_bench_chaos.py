@@ -77,6 +77,11 @@ def _fail_by_itself(store: Store, folder: Path) -> dict:
     return killed()
 
 
+def _supersede_what_nobody_finished(store: Store, folder: Path) -> dict:
+    store.publish_attempt(dataclasses.replace(_attempt_row(0, cell(7), "e", STRUCK), outcome="superseded"))
+    return killed()
+
+
 def _fail_by_itself_beside(store: Store, folder: Path) -> dict:
     failed(store, "bug", worker="pid 7")
     return killed(pids=(7,))
@@ -95,6 +100,7 @@ def _leave_a_file(store: Store, folder: Path) -> dict:
         (_say_nothing, {"untold": 1}),
         (_fail_by_itself, {"unexplained": 1}),
         (_fail_by_itself_beside, {"unexplained": 1}),
+        (_supersede_what_nobody_finished, {"unexplained": 1}),
         (_leave_a_file, {"strays": 1}),
     ],
 )

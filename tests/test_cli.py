@@ -342,7 +342,7 @@ def test_the_main_job_can_be_planned_without_a_network(run: Run) -> None:
     text = " ".join(" ".join(lines).split())
     assert "llama_matrix.yaml: 11 cells, 0 done, 11 to run" in text
     assert "note: meta-llama/Llama-3.1-8B-Instruct cannot be reached from here: shapes from the table of known" in text
-    assert "GPU-hours (estimated from: assumed rate), memory of one worker: " in text
+    assert "GPU-hours (estimated from: assumed rate), memory of the largest cell: " in text
 
 
 def test_three_seeds_are_replicates_with_a_spread_and_a_floor(run: Run, tiny: Path) -> None:

@@ -225,7 +225,8 @@ def test_a_gpus_tiles_give_the_simulations_logits(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: its layers ran with torch's arithmetic")
 def test_packed_cells_on_a_gpu(tmp_path: Path, tiny: Path) -> None:
     evaluate = "[crosscheck: {{length: 24, windows: 1}}, perplexity: {{text: python-docs, length: 64, windows: 4}}]"
-    changes = {"methods": "[rtn, smoothquant]", "bits": "[w4, w3, w8a8]", "resources": "{{gpus: 1}}"}
+    changes = {"methods": "[rtn, smoothquant]", "bits": "[w4, w3, w8a8]", "group_sizes": "[32, -1]"}
+    changes["resources"] = "{{gpus: 1}}"
     farm = Farm(tmp_path / "store", make_job(tiny, job(tiny, evaluate=evaluate, **changes)))
     run_all(farm)
     notes = " ".join(row["notes"] for row in farm.table("attempts"))

@@ -97,6 +97,7 @@ def test_the_path_that_a_weight_takes(weight: UniformWeight, quantize: Any, dtyp
         (uniform(24, 64, 5, 64, "none"), None, "tiles"),
         (uniform(24, 64, 4, 32, g_idx=True), None, "tiles"),
         (uniform(24, 48, 8, 48), Symmetric(bits=8), "int8"),
+        (uniform(24, 64, 1, 32), None, "unpack"),  # a layout, but no kernel
         (uniform(24, 64, 4, 8), None, "unpack"),  # a group that is part of a plane of 16
         (uniform(24, 96, 4, 48), None, "unpack"),  # a group that lies across two tiles
     ],

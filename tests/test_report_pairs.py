@@ -9,7 +9,7 @@ from qfarm.report.tables import load
 from tests.report_example import Planted
 
 
-@pytest.mark.parametrize(("rows", "sizes"), [(250, [1, 5, 5, 5, 5, 1]), (10_000, [1, 8, 13])])
+@pytest.mark.parametrize(("rows", "sizes"), [(250, [1, 2, 4, 5, 5, 5]), (10_000, [1, 2, 4, 8, 7])])
 def test_a_batch_holds_so_many_rows_and_changes_nothing(monkeypatch: pytest.MonkeyPatch, rows: int, sizes: list[int]):
     planted = Planted(windows=50)
     for number in range(22):

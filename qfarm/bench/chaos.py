@@ -35,7 +35,6 @@ OUTCOMES = {
     "node": {Failure.NODE_DIED, Failure.WORKER_DIED, "ok"},
     "drained": {Failure.PREEMPTED, Failure.WORKER_DIED, "ok"},
 }
-UNHARMED = {"ok", Failure.SUPERSEDED}  # the farm itself ends the slower of two copies
 NOT_NUMBERS = {"attempt_id", "created"}  # columns that no two runs share
 TABLES = ("cells", "layers", "metrics", "documents")
 TIMEOUT_S = 1800.0
@@ -111,13 +110,16 @@ def judge(seed: int, calm: Store, store: Store, told: dict[str, Any]) -> Verdict
     kills = [
         Kill(kind=kill["kind"], attempts=tuple(kill["attempts"]), pids=tuple(kill["pids"])) for kill in told["kills"]
     ]
-    rows = store.read("attempts", columns=["attempt_id", "outcome", "worker", "error"]).to_pylist()
+    rows = store.read("attempts", columns=["attempt_id", "cell_id", "outcome", "worker", "error"]).to_pylist()
     outcomes = {row["attempt_id"]: row["outcome"] for row in rows}
     struck = {attempt: kill.kind for kill in kills for attempt in kill.attempts}
     ended = {f"pid {pid}": kill.kind for kill in kills for pid in kill.pids}
     untold = [attempt for attempt, kind in struck.items() if outcomes.get(attempt) not in OUTCOMES[kind]]
-    failed = [row for row in rows if row["outcome"] not in UNHARMED]
+    failed = [row for row in rows if row["outcome"] != "ok"]
     unseen = {row["attempt_id"] for row in failed if row["outcome"] in OUTCOMES.get(ended.get(row["worker"], ""), ())}
+    done = {row["cell_id"] for row in rows if row["outcome"] == "ok"}
+    # The farm itself ends the slower of two copies, once the other is done.
+    unseen |= {row["attempt_id"] for row in failed if row["outcome"] == Failure.SUPERSEDED and row["cell_id"] in done}
     unexplained = [row for row in failed if row["attempt_id"] not in {*struck, *unseen}]
     missing = different = 0
     for table in TABLES:

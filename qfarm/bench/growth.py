@@ -5,8 +5,8 @@ the slope of a straight line through the logarithms of seconds and sizes. Beside
 asks for. Fixed costs make small sizes flatter than that, never steeper.
 
     plan         `qfarm plan` for so many cells: 1
-    scheduler    all answers of the scheduler in simulated time (`qfarm.bench.simulated`) for so many cells: 1 (a heap's
-                 logarithm is beyond what four sizes show)
+    scheduler    all answers of the scheduler in simulated time (`qfarm.bench.simulated`) for so many cells: that of
+                 n log n, 1 + 1 / ln n at the smallest size
     workers      the same for so many workers of a fixed job: 0 per answer
     layers       GPTQ of so many blocks of a random Llama: 1
     hidden       GPTQ, everything in proportion: 3 (Hessians and columns, n^3; forward passes, n^2 per token)
@@ -110,15 +110,16 @@ def _axes(folder: Path, scale: float) -> Mapping[str, tuple[int, float, Callable
     def perplexity(windows: int) -> float:
         return sum(seconds for stage, seconds in cell_seconds(folder, windows=windows).items() if "perplexity" in stage)
 
-    few, many, samples = int(2_000 * scale), int(8_000 * scale), max(1, int(64 * scale))
+    few, many = int(4_000 * scale), int(8_000 * scale)
+    samples, windows = max(1, int(64 * scale)), max(1, int(32 * scale))
     return {
         "plan": (few, 1, plan_seconds),
-        "scheduler": (few, 1, lambda cells: scheduler_seconds(cells, 100)),
+        "scheduler": (few, 1 + 1 / math.log(few), lambda cells: scheduler_seconds(cells, 100)),
         "workers": (max(1, int(50 * scale)), 0, lambda workers: scheduler_seconds(many, workers)),
         "layers": (LAYERS, 1, lambda layers: gptq(layers=layers)),
         "hidden": (HIDDEN // 2, 3, lambda hidden: gptq(hidden=hidden)),
         "calibration": (samples, 1, lambda samples: gptq(samples=samples)),
-        "windows": (samples, 1, perplexity),
+        "windows": (windows, 1, perplexity),
     }
 
 
@@ -171,8 +172,11 @@ def cell_seconds(
             data=None,
         )
         outcome = run_cell(task, Session(None), report)
-    if outcome.failure is not None:
-        raise QfarmError(f"growth: {outcome.failure}: {outcome.error}")
+        if outcome.failure is not None:
+            raise QfarmError(f"growth: {outcome.failure}: {outcome.error}")
+        [read] = {row["n"] for row in store.read("metrics").to_pylist() if row["metric"] == "perplexity"}
+        if read < windows:
+            raise QfarmError(f"growth: python-docs has {read} windows of {LENGTH} tokens, {windows} are asked for")
     return _durations([*marks, ("end", time.process_time())])
 
 

@@ -42,8 +42,8 @@ class Counting(Session):
         self.block_tokens = 0
         self._counted: object = None
 
-    def begin(self, cell: Cell, shrink: int = 0, share: Sequence[str] = ()) -> None:
-        super().begin(cell, shrink, share)
+    def begin(self, cell: Cell, shrink: int = 0, share: Sequence[str] = (), **demands: Any) -> None:
+        super().begin(cell, shrink, share, **demands)
         if self._counted is not self.loaded:
             self._counted = self.loaded
             for block in self.loaded.blocks:
@@ -57,13 +57,13 @@ class Counting(Session):
 class Forgetful(Counting):
     """Starts every cell with nothing: model, texts, tokens, statistics, the baseline's hidden states."""
 
-    def begin(self, cell: Cell, shrink: int = 0, share: Sequence[str] = ()) -> None:
+    def begin(self, cell: Cell, shrink: int = 0, share: Sequence[str] = (), **demands: Any) -> None:
         tokens = self.block_tokens
         self.__init__(self.data)  # type: ignore[misc]  # whatever a session learns to keep is forgotten, too
         self.block_tokens = tokens
         os.environ["QFARM_CACHE"] = cache_without_baselines(os.environ[FOLDER])
         os.environ.pop(depot.VARIABLE, None)
-        super().begin(cell, shrink, ())
+        super().begin(cell, shrink, (), **demands)
 
 
 def cache_without_baselines(folder: str) -> str:

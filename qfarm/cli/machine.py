@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,7 @@ def bench_growth(style: str, **settings: Any) -> None:
     from qfarm.bench import growth as bench
     from qfarm.bench.show import render_figures, render_json
 
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU's time is not the processor's
     report = bench.run(bench.Settings(**settings), lambda text: click.echo(text, err=True))
     figures = [curve.figure() for curve in report.curves]
     click.echo(render_json(report) if style == "json" else render_figures(figures, width(), color()), nl=False)

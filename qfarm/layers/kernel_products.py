@@ -45,8 +45,8 @@ class TileProduct:
 
     @staticmethod
     def build(weight: UniformWeight) -> TileProduct | None:
-        """None where `kernel_bytes` has no layout for the weight."""
-        if isinstance(kernel_bytes(weight), str):
+        """None where `kernel_bytes` has no layout for the weight, or no kernel reads it: 1 bit."""
+        if weight.bits == 1 or isinstance(kernel_bytes(weight), str):
             return None
         rows, columns = weight.shape
         bits = next(width for width in sorted(pack.WIDTHS) if width >= weight.bits)
@@ -77,7 +77,7 @@ class TileProduct:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlaneProduct:
-    """y = sum_g (offset sum_k x_k + sum_i factor_i sum_k +-x_k), by tables of sums of eight inputs.
+    """y = sum_g (offset sum_k x_k + sum_i factor_i sum_k +-x_k), by tables of sums of a few inputs.
 
     One pass over the weight per token; more than a few tokens take it dequantized once.
     """
@@ -137,7 +137,7 @@ class Int8Product:
 
         codes, scale = self.inputs(x)
         flat, scale = codes.reshape(-1, codes.shape[-1]), scale.reshape(-1)
-        padded = torch.nn.functional.pad(flat, (0, self.weight.values.shape[1] - flat.shape[1]))
+        padded = torch.nn.functional.pad(flat, (0, self.weight.values.shape[1] - flat.shape[1])).contiguous()
         if self.zero is None:
             y = tri_int8.gemm(padded, scale, self.weight, x.dtype)
         else:

@@ -219,7 +219,7 @@ def _ledgers(store: Readable, cells: Sequence[str], targets: Mapping[str, Target
         ledger = _ledger(store, cells[start : start + size], targets)
         yield ledger
         start, rows = start + size, max(1, len(ledger))
-        size = max(1, min(BATCH_ROWS * size // rows, 8 * size))  # the next cells may have longer ones
+        size = max(1, min(BATCH_ROWS * size // rows, 2 * size))  # the next cells may have longer ones
 
 
 def _ledger(store: Readable, cells: Collection[str], targets: Mapping[str, Target]) -> pa.Table:

@@ -82,4 +82,4 @@ def _total(plan: Plan, missing: list[PlannedCell]) -> str:
         hours = gpu_hours if resources.gpus else seconds / 3600
         unit += f", {hours * resources.price:.2f} at {resources.price:g} per hour"
     memory = size(max(planned.estimate.device_bytes for planned in missing))
-    return f"about {unit} (estimated from: {', '.join(sources)}), memory of one worker: {memory}"
+    return f"about {unit} (estimated from: {', '.join(sources)}), memory of the largest cell: {memory}"
