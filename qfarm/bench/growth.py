@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import math
 import statistics
 import tempfile
@@ -94,6 +95,8 @@ def run(settings: Settings, say: Callable[[str], None]) -> Report:
         axes = _axes(Path(folder), settings.scale)
         for axis, (smallest, bound, measure) in axes.items():
             say(f"{axis} ...")
+            gc.collect()
+            gc.freeze()  # what the axes before have left is not looked through again and again
             sizes = tuple(smallest * 2**step for step in range(settings.steps))
             runs = [[measure(size) for size in sizes] for _ in range(settings.repeats)]
             least = tuple(map(min, zip(*runs, strict=True)))
