@@ -95,10 +95,9 @@ def run(settings: Settings, say: Callable[[str], None]) -> Report:
         axes = _axes(Path(folder), settings.scale)
         for axis, (smallest, bound, measure) in axes.items():
             say(f"{axis} ...")
-            gc.collect()
-            gc.freeze()  # what the axes before have left is not looked through again and again
             sizes = tuple(smallest * 2**step for step in range(settings.steps))
-            runs = [[measure(size) for size in sizes] for _ in range(settings.repeats)]
+            with _without_what_is_there():
+                runs = [[measure(size) for size in sizes] for _ in range(settings.repeats)]
             least = tuple(map(min, zip(*runs, strict=True)))
             curves.append(Curve(axis=axis, sizes=sizes, seconds=least, bound=bound))
     return Report(settings=settings, machine=environment.provenance(), curves=tuple(curves))
@@ -188,6 +187,17 @@ def _durations(marks: Sequence[tuple[str, float]]) -> dict[str, float]:
     for (stage, began), (_, ended) in zip(marks, marks[1:], strict=False):
         found[stage] = found.get(stage, 0.0) + ended - began
     return found
+
+
+@contextlib.contextmanager
+def _without_what_is_there() -> Iterator[None]:
+    """Inside, garbage collection does not look through what is there already, such as the axes before have left."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager
