@@ -330,8 +330,8 @@ victim = nodes.add_node(num_cpus=1)
 folder = Path({folder!r})
 def watch(event):
     if isinstance(event, Progressed) and event.stage == "evaluate" and not (folder / "gates").exists():
+        os.kill(int((folder / "gated").read_text()), signal.SIGSTOP)  # before it may go on: it must not end first
         (folder / "gates").touch()
-        os.kill(int((folder / "gated").read_text()), signal.SIGSTOP)  # so that it cannot end before its node does
         nodes.remove_node(victim, allow_graceful={graceful})
         nodes.add_node(num_cpus=1)
 ran = farm(work("1:gate"), folder, watch=watch, address=nodes.address, retries=0 if {graceful} else 1)
