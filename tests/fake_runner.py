@@ -16,7 +16,7 @@ from qfarm.plan import Outcome, Task
 
 ATTEMPTS = "attempts"
 GATES = "gates"  # lets cells of the behaviour "gate" end
-GATED = "gated"  # such a cell has arrived; holds its pid
+GATED = "gated"  # such a cell has arrived
 
 
 class Session:
@@ -61,8 +61,8 @@ def run_cell(task: Task, session: Session, report: Callable[[str, int, int], Non
         report("quantize", 3, 8)
         os.kill(os.getpid(), signal.SIGSTOP)
     if behaviour == "gate":
+        (session.folder / GATED).touch()
         report("evaluate", 5, 7)
-        (session.folder / GATED).write_text(str(os.getpid()))
         _wait_for(session.folder / GATES)
     return Outcome(
         attempt_id=task.attempt_id,

@@ -328,12 +328,14 @@ nodes = Cluster(initialize_head=True, head_node_args={{"num_cpus": 0, "include_d
 ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
 victim = nodes.add_node(num_cpus=1)
 folder = Path({folder!r})
+removed = []
 def watch(event):
-    if isinstance(event, Progressed) and event.stage == "evaluate" and not (folder / "gates").exists():
-        os.kill(int((folder / "gated").read_text()), signal.SIGSTOP)  # before it may go on: it must not end first
-        (folder / "gates").touch()
+    if isinstance(event, Progressed) and event.stage == "evaluate" and not removed:
+        removed.append(victim)
         nodes.remove_node(victim, allow_graceful={graceful})
         nodes.add_node(num_cpus=1)
+    if isinstance(event, Started) and removed:  # the second attempt: only now may a cell end
+        (folder / "gates").touch()
 ran = farm(work("1:gate"), folder, watch=watch, address=nodes.address, retries=0 if {graceful} else 1)
 (folder / "told").write_text(repr([(row.outcome, row.error) for row in ran.store.rows] + [ran.summary]))
 ray.shutdown()
