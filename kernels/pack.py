@@ -43,6 +43,11 @@ def tile_inputs(bits: int) -> int:
     return max(TILE_WORDS * WORD_BITS // width for width in WIDTHS[bits])
 
 
+def held_bits(bits: int) -> int:
+    """The narrowest width with a layout that holds codes of so many bits, up to 8."""
+    return next(width for width in sorted(WIDTHS) if width >= bits)
+
+
 def weight_bytes(rows: int, columns: int, bits: int, group: int, scale_bytes: int = 2, zero_bytes: int = 2) -> int:
     """Bytes of a T16 weight; zero_bytes is 2 for integer zeros, 4 for scaled ones, 0 without."""
     tile = tile_inputs(bits)

@@ -40,7 +40,7 @@ def kernel_bytes(quantized: QuantizedWeight) -> KernelBytes | str:
         return f"{type(base).__name__} has no tiles"
     rows, columns = base.shape
     groups = base.scale.shape[1]
-    bits = next(width for width in sorted(pack.WIDTHS) if width >= base.bits)
+    bits = pack.held_bits(base.bits)
     group, tile = columns // groups, pack.tile_inputs(bits)
     if group != columns and (group % pack.TILE_WORDS or (tile % group and group % tile)):
         return f"groups of {group} fit no tile of {tile} inputs"

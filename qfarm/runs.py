@@ -54,7 +54,7 @@ def packed_refusal(recipe: Recipe, scheme: Scheme) -> str | None:
 
 
 def one_device_evaluation(evaluators: Iterable[Evaluator], packed: bool) -> str | None:
-    """The same for what is measured of a cell; `packed`: some of it from its packed layers."""
+    """Why what is measured of a cell needs its model on one device, or None; `packed`: some from packed layers."""
     if packed:
         return "a packed run has its layers on one device"
     compares = next((evaluator.name for evaluator in evaluators if evaluator.one_device), None)

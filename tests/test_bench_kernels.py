@@ -195,7 +195,7 @@ def test_a_call_for_each_copy_of_what_is_right(monkeypatch: pytest.MonkeyPatch) 
         if name != "bcq3"
     }
     assert len(calls["fp16"]) == 6 and wrong.keys() == {"bcq3"} and wrong["bcq3"].startswith("wrong: error")
-    outputs = [call()[0] for call in calls["w4"]]  # type: ignore[index]
+    outputs = [call()[0] for call in calls["w4"]]  # type: ignore[index]  # a call is any callable there
     assert not torch.equal(outputs[0], outputs[1])  # a weight of its own each
 
 

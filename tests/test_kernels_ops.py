@@ -17,7 +17,7 @@ class OnGPU(Tensor):
     """Says that it lies on a GPU, where there is none."""
 
     @property
-    def is_cuda(self) -> bool:  # type: ignore[override]
+    def is_cuda(self) -> bool:  # type: ignore[override]  # a tensor's is no property of Python's
         return True
 
 

@@ -7,7 +7,7 @@ asks for. Fixed costs make small sizes flatter than that, never steeper.
     plan         `qfarm plan` for so many cells: 1
     scheduler    all answers of the scheduler in simulated time (`qfarm.bench.simulated`) for so many cells: that of
                  n log n, 1 + 1 / ln n at the smallest size
-    workers      the same for so many workers of a fixed job: 0 per answer
+    workers      the same for so many workers of a fixed job: 0
     layers       GPTQ of so many blocks of a random Llama: 1
     hidden       GPTQ, everything in proportion: 3 (Hessians and columns, n^3; forward passes, n^2 per token)
     calibration  GPTQ with so many tokens: 1
@@ -174,12 +174,13 @@ def cell_seconds(
             data=None,
         )
         outcome = run_cell(task, Session(None), report)
+        ended = time.process_time()
         if outcome.failure is not None:
             raise QfarmError(f"growth: {outcome.failure}: {outcome.error}")
         [read] = {row["n"] for row in store.read("metrics").to_pylist() if row["metric"] == "perplexity"}
         if read < windows:
             raise QfarmError(f"growth: python-docs has {read} windows of {LENGTH} tokens, {windows} are asked for")
-    return _durations([*marks, ("end", time.process_time())])
+    return _durations([*marks, ("end", ended)])
 
 
 def _durations(marks: Sequence[tuple[str, float]]) -> dict[str, float]:

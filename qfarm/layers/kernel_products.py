@@ -4,9 +4,10 @@
     int8      qfarm.kernels.tri_int8: inputs as codes per token, one grid per weight row; exact int32 sums
     planes    qfarm.kernels.ops.bcq_linear: sign planes, groups of a multiple of 32 or whole rows; factors in float16
 
-Scales are as they are stored (bfloat16 becomes float32, which is exact), so that what differs from the simulation is
-the simulation's own rounding of each weight to the model's dtype. Tests run both in Triton's interpreter against the
-values that the codes stand for. Weights without tiles are unpacked at each call (`qfarm.layers.products`).
+Scales of tiles and int8 are as they are stored (bfloat16 becomes float32, which is exact), so that what differs from
+the simulation is its own rounding of each weight to the model's dtype. Tests run all three in Triton's interpreter
+against the values that the codes stand for. Weights without a layout are unpacked at each call
+(`qfarm.layers.products`).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class TileProduct:
         if weight.bits == 1 or isinstance(kernel_bytes(weight), str):
             return None
         rows, columns = weight.shape
-        bits = next(width for width in sorted(pack.WIDTHS) if width >= weight.bits)
+        bits = pack.held_bits(weight.bits)
         codes, zero = weight.codes, weight.zero
         if zero is None:  # the middle of the range, which is another one where the range is
             codes = codes + ((1 << (bits - 1)) - (1 << (weight.bits - 1)))

@@ -4,7 +4,7 @@
               int32 sums, scaled in float32
     int4      torch._weight_int4pack_mm_for_cpu: 4 bits, groups of 32 to 256, rows in sixteens, a 16-bit model
     w8        torch._weight_int8pack_mm: 8 bits symmetric, one scale per row, bfloat16
-    unpack    unpack, dequantize, multiply: what is left, as sign planes, with the simulation's values to the bit
+    unpack    unpack, dequantize, multiply: what is left, sign planes included, as the simulation has it to the bit
 
 int4 and w8 keep scales (and, for int4, scale times zero) in the model's dtype: with bfloat16 that is 8 bits of the 11
 that are stored. int8 holds one code per byte, whatever the width. Inputs that no operator takes as codes are rounded
