@@ -16,22 +16,32 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qfarm.sums import Functions, Sums
+
 KL_ROUNDING = -1e-7  # nats; values down to here are float32 rounding and nothing to speak of
 KL_BUG = -1e-4  # nats; no rounding leads below
 # Elements [tokens, vocabulary] that are worked on at once: on a CPU the float32 copies should stay in a core's cache
 # (2 tokens instead of 10 of a vocabulary of 49,152 save an eighth with a baseline, a fifth without), a GPU wants few
-# large kernels. torch.compile was tried on a CPU: with a baseline a quarter faster, without 1.7 times slower.
+# large kernels.
 BLOCK = {"cpu": 1 << 17, "cuda": 1 << 27}
 BINS = 256
 # Histogram of token KL: bin 0 is below 1e-7 nats, bin 255 at least 100, the others are 8.5 % wide each.
 EDGES: NDArray[np.float64] = np.geomspace(1e-7, 100.0, BINS - 1)
 
 
-def score(logits: Tensor, targets: Tensor, before: Tensor | None) -> dict[str, Tensor]:
+def score(
+    logits: Tensor, targets: Tensor, before: Tensor | None, functions: Functions | None = None
+) -> dict[str, Tensor]:
     """Figures [tokens] of the cell's logits and the baseline's, each [tokens, vocabulary] in any float dtype.
 
-    Logits are upcast to float32 block by block. Without the baseline's only loss and correct are given.
+    Without the baseline's only loss and correct are given. Logits are upcast to float32 block by block, or by compiled
+    `functions` on the way.
     """
+    if functions is not None:
+        if before is None:
+            return _figures(functions.one(logits), logits, targets)
+        found = functions.both(logits, before)
+        return _figures(found[0], logits, targets) | _compared(*found, before, targets)
     size = max(1, BLOCK[logits.device.type] // logits.shape[1])
     blocks = [
         _score_block(
@@ -46,27 +56,37 @@ def score(logits: Tensor, targets: Tensor, before: Tensor | None) -> dict[str, T
 
 def _score_block(logits: Tensor, targets: Tensor, before: Tensor | None) -> dict[str, Tensor]:
     """logits, before [tokens, vocabulary] float32 -> figures [tokens]."""
-    top, norm, total, share = _normalized(logits)
-    right = top == targets
-    out = {"loss": norm - _pick(logits, targets), "correct": right.float()}
+    own, total, share = _normalized(logits)
     if before is None:
-        return out
-    top_before, norm_before, total_before, share_before = _normalized(before)
-    right_before = top_before == targets
-    out["baseline_loss"] = norm_before - _pick(before, targets)
-    out["agree"] = (top == top_before).float()
-    out["lost"] = (right_before & ~right).float()
-    out["gained"] = (right & ~right_before).float()
-    # KL(b || q) = sum_v p_b (log p_b - log p_q); the normalisers' difference is constant over v.
-    shift = norm - norm_before
+        return _figures(own, logits, targets)
+    other, total_before, share_before = _normalized(before)
     difference = before - logits
-    out["kl"] = share_before.mul_(difference).sum(-1) / total_before + shift
-    out["kl_reverse"] = -share.mul_(difference).sum(-1) / total - shift
-    return out
+    own = own._replace(apart=share.mul_(difference).sum(-1) / total)
+    other = other._replace(apart=share_before.mul_(difference).sum(-1) / total_before)
+    return _figures(own, logits, targets) | _compared(own, other, before, targets)
 
 
-def _normalized(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Most probable token, log of the normaliser, sum of the probabilities (each [tokens]), probabilities as given.
+def _figures(own: Sums, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    return {"loss": own.norm - _pick(logits, targets), "correct": (own.top == targets).float()}
+
+
+def _compared(own: Sums, other: Sums, before: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    assert own.apart is not None and other.apart is not None
+    right, right_before = own.top == targets, other.top == targets
+    # KL(b || q) = sum_v p_b (log p_b - log p_q); the normalisers' difference is constant over v.
+    shift = own.norm - other.norm
+    return {
+        "baseline_loss": other.norm - _pick(before, targets),
+        "agree": (own.top == other.top).float(),
+        "lost": (right_before & ~right).float(),
+        "gained": (right & ~right_before).float(),
+        "kl": other.apart + shift,
+        "kl_reverse": -own.apart - shift,
+    }
+
+
+def _normalized(logits: Tensor) -> tuple[Sums, Tensor, Tensor]:
+    """Sums of one model's logits, the sum of its probabilities [tokens] in float64, and those as they are given.
 
     The normaliser is read off the largest probability, which saves another exponential per element. softmax adds up
     in plain float32, so that its values miss one together by some 1e-6; their exact sum sets that right. In float64,
@@ -75,7 +95,7 @@ def _normalized(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     top = _argmax(logits)
     share = torch.softmax(logits, dim=-1)
     total = share.sum(-1).double()
-    return top, _pick(logits, top).double() + (total / _pick(share, top)).log(), total, share
+    return Sums(top, _pick(logits, top).double() + (total / _pick(share, top)).log()), total, share
 
 
 def _pick(values: Tensor, index: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ LOOP_BYTES = 36  # of a weight in the column loop: nine float32 copies (original
 WAITING_BYTES = 5  # of a weight while its Hessian is factored: the original in float32, codes of rounding to nearest
 BATCH_TOKENS = {"calibration": 4096, "evaluation": 2048}  # per forward pass (qfarm.walk, qfarm.predictions)
 # Logits of a chunk (qfarm.predictions), and of how many of them float32 copies are made at once (qfarm.divergence).
-LOGITS, COMPARED = {"cpu": 1 << 24, "cuda": 1 << 27}, {"cpu": 1 << 17, "cuda": 1 << 27}
+LOGITS, COMPARED = {"cpu": 1 << 26, "cuda": 1 << 27}, {"cpu": 1 << 17, "cuda": 1 << 27}
 COMPARED_BYTES = 24  # of each of these: logits and probabilities of both models, and two differences
 BLOCKS_ELSEWHERE = "blocks "  # so begins the note of an attempt whose model was not on one device as a whole
 SHRUNK, OFFLOADED = "batches halved", "original weights kept"  # and of those that ran out of memory before

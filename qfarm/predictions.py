@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qfarm import depot, divergence
+from qfarm import depot, divergence, sums
 from qfarm.betting import shared_order
 from qfarm.errors import NonFinite
 from qfarm.matrix import canonical_hash
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from qfarm.worker import Session
 
 BATCH_TOKENS = 2048  # per forward pass; fixed, since the batch's shape can move the last bits of a loss
-# Elements of one chunk of logits: a few tokens at once make the head's product slow (85 of a vocabulary of 49,152 take
-# 1.6 times as long as 341, bfloat16 on one thread), all of them take gigabytes.
-LOGIT_BUDGET = {"cpu": 1 << 24, "cuda": 1 << 27}
+# Elements of one chunk of logits: a few tokens at once make the head's product slow (341 of a vocabulary of 49,152 take
+# 1.7 times as long as 1024, bfloat16 on one thread), all of them take gigabytes.
+LOGIT_BUDGET = {"cpu": 1 << 26, "cuda": 1 << 27}
 HIDDEN = "hidden"  # cache folder of baselines' hidden states
 
 # Per predicted position of one window, float64 [predictions]: loss and so on, by the ledger's names.
@@ -95,25 +95,58 @@ def shortened_states(session: Session, windows: Windows | Rolling, index: int, s
     return states[0, spans.first[index] - 1 : len(windows.rows[index]) - 1]
 
 
-@torch.no_grad()
-def score(session: Session, hidden: Tensor, targets: Tensor, before: Tensor | None) -> Columns:
-    """One window's figures: its hidden states [predictions, hidden], the baseline's likewise, targets [predictions].
+class Scorer:
+    """Scores predictions of one evaluation; holds what its windows share."""
 
-    Raises NonFinite when a figure is not finite.
-    """
-    head = session.loaded.head
-    targets = targets.to(hidden.device)
-    chunk = max(16, (LOGIT_BUDGET[session.device.type] >> session.shrink) // head.weight.shape[0])
-    parts = []
-    for start in range(0, len(targets), chunk):
-        part = slice(start, start + chunk)
-        logits_before = None if before is None else session.baseline_head(before[part].to(hidden.device))
-        parts.append(divergence.score(head(hidden[part]), targets[part], logits_before))
-    columns = {name: torch.cat([part[name] for part in parts]).double().cpu().numpy() for name in parts[0]}
-    for name, values in columns.items():
-        if not np.isfinite(values).all():
-            raise NonFinite(f"{name} is not finite")
-    return columns
+    def __init__(self, session: Session, predictions: int, label: str) -> None:
+        self._session = session
+        weight = session.loaded.head.weight
+        budget = (LOGIT_BUDGET[session.device.type] >> session.shrink) // weight.shape[0]
+        self._rows = max(16, budget)
+        self._places: dict[str, Tensor] = {}
+        self._functions: sums.Functions | None = None
+        if sums.wanted(predictions, weight.shape[0], session.device):
+            found = sums.compiled()
+            if isinstance(found, str):
+                session.note(f"{label}: figures are computed op by op, torch.compile gives no function: {found}")
+            else:
+                self._functions = found
+
+    @torch.no_grad()
+    def score(self, hidden: Tensor, targets: Tensor, before: Tensor | None) -> Columns:
+        """One window's figures: hidden states [predictions, hidden], the baseline's likewise, targets [predictions].
+
+        Raises NonFinite when a figure is not finite.
+        """
+        session = self._session
+        targets = targets.to(hidden.device)
+        head = session.loaded.head
+        count = max(1, -(-len(targets) // self._rows))  # chunks, as even as they can be
+        parts = []
+        for part in torch.arange(len(targets)).tensor_split(count):
+            chosen = slice(int(part[0]), int(part[-1]) + 1)
+            logits_before = None
+            if before is not None:
+                states = before[chosen].to(hidden.device)
+                logits_before = self._logits("before", states, *session.baseline_head)
+            logits = self._logits("after", hidden[chosen], head.weight, head.bias)
+            parts.append(divergence.score(logits, targets[chosen], logits_before, self._functions))
+        columns = {name: torch.cat([part[name] for part in parts]).double().cpu().numpy() for name in parts[0]}
+        for name, values in columns.items():
+            if not np.isfinite(values).all():
+                raise NonFinite(f"{name} is not finite")
+        return columns
+
+    def _logits(self, name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Logits [tokens, vocabulary], in memory that the next ones take again.
+
+        To clear new memory of that size takes a CPU as long as to multiply.
+        """
+        place = self._places.get(name)
+        if place is None or len(place) < len(hidden):
+            place = self._places[name] = hidden.new_empty(len(hidden), len(weight))
+        logits = torch.mm(hidden, weight.T, out=place[: len(hidden)])
+        return logits if bias is None else logits.add_(bias)
 
 
 class BaselineStates:

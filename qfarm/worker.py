@@ -215,9 +215,10 @@ class Session:
             found[torch.device("cuda", index)] = free + torch.cuda.memory_reserved(index)
         return found
 
-    def baseline_head(self, hidden: Tensor) -> Tensor:
-        """Logits of the original model for its final hidden states."""
-        return nn.functional.linear(hidden, *self._head)
+    @property
+    def baseline_head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [vocabulary, hidden] of the original model's output head, and its bias."""
+        return self._head
 
     def keep(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What is made once for the loaded model, such as a text in tokens."""

@@ -32,7 +32,7 @@ def test_needs_are_sums_over_shapes() -> None:
     assert found.solving == max(4 * H * H + 36 * 2 * H * M, 24 * M * M + 5 * H * M)
     passing = 2 * (4 * H + 2 * M + H + 2 * M + 4 * H) + 8 * (M + H)
     assert found.walk == 2 * TOKENS * H + TOKENS * passing
-    assert found.scoring == 2048 * passing + 2 * 2 * 2**24 + 24 * 2**17
+    assert found.scoring == 2048 * passing + 2 * 2 * 2**26 + 24 * 2**17
     assert found.peak == found.model + found.quantized + max(
         found.walk + found.statistics + found.solving, found.scoring
     )

@@ -41,10 +41,10 @@ from qfarm.predictions import (
     BaselineStates,
     Columns,
     Keeper,
+    Scorer,
     Spans,
     baseline_states,
     hidden_states,
-    score,
     shortened_states,
     visiting_order,
 )
@@ -154,13 +154,14 @@ class Perplexity(Evaluator):
         keeper = Keeper(session, windows, spans) if is_baseline and self.divergence else None
         before = session.baseline_states[str(self)] if self.divergence and not is_baseline else None
         order = visiting_order(session, windows)
+        scorer = Scorer(session, int(spans.offsets[-1]), self.label)
         gambler = _Gambler(self.stop, order) if self.stop and before is not None else None
         columns: dict[int, Columns] = {}
         stopped = False
         for group in order:
             for batch in group:
                 for index, hidden in zip(batch, hidden_states(session, windows, batch, spans), strict=True):
-                    columns[index] = self._score(session, windows, spans, index, hidden, before)
+                    columns[index] = self._score(session, scorer, windows, spans, index, hidden, before)
                     if keeper:
                         keeper.keep(index, hidden)
                 progress(len(columns), len(windows.rows))
@@ -175,12 +176,13 @@ class Perplexity(Evaluator):
         if stopped:
             found = [dataclasses.replace(metric, stopped_early=len(columns)) for metric in found]
         if keeper:
-            found += _floors(session, windows, spans, [group[0][0] for group in order[:FLOOR_WINDOWS]], keeper)
+            found += _floors(session, scorer, windows, spans, [group[0][0] for group in order[:FLOOR_WINDOWS]], keeper)
         return Result(metrics=tuple(found), documents=tuple(documents))
 
     def _score(
         self,
         session: Session,
+        scorer: Scorer,
         windows: Windows | Rolling,
         spans: Spans,
         index: int,
@@ -189,7 +191,7 @@ class Perplexity(Evaluator):
     ) -> Columns:
         targets = windows.rows[index][spans.first[index] :]
         try:
-            return score(session, hidden, targets, None if before is None else before[spans.flat(index)])
+            return scorer.score(hidden, targets, None if before is None else before[spans.flat(index)])
         except NonFinite as error:
             where = first_nonfinite(session.loaded, windows.rows[index])
             first = f"; first in {where}" if where else "; inputs and outputs of all linear layers are"
@@ -231,7 +233,12 @@ def _report_rounding(session: Session, columns: dict[int, Columns], label: str) 
 
 
 def _floors(
-    session: Session, windows: Windows | Rolling, spans: Spans, chosen: Sequence[int], keeper: Keeper
+    session: Session,
+    scorer: Scorer,
+    windows: Windows | Rolling,
+    spans: Spans,
+    chosen: Sequence[int],
+    keeper: Keeper,
 ) -> list[Metric]:
     """KL and flips of the baseline against itself: the chosen windows as they were read, and read another way."""
     found: list[Columns] = []
@@ -239,7 +246,7 @@ def _floors(
         again = shortened_states(session, windows, index, spans)
         targets = windows.rows[index][spans.first[index] :][: len(again)]
         if len(again):
-            found.append(score(session, again, targets, keeper.kept(index)[: len(again)]))
+            found.append(scorer.score(again, targets, keeper.kept(index)[: len(again)]))
     if not found:
         return []
     kl = np.concatenate([one["kl"] for one in found]).mean()

@@ -23,10 +23,10 @@ from qfarm import divergence
 from qfarm.errors import NonFinite
 from qfarm.models.load import LoadedModel
 from qfarm.models.past import cache_keyword
-from qfarm.predictions import LOGIT_BUDGET
 from qfarm.tasks.batches import Bundle, Request, batched, bundles, make_request
 from qfarm.tasks.generate import Generated, Progress, Prompt, generate
 
+LOGIT_BUDGET = {"cpu": 1 << 24, "cuda": 1 << 27}  # elements of one chunk of logits
 GENERATION_FACTOR = 8  # times as many tokens in the cache as one pass reads: decoding reads one token a row
 
 
