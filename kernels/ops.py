@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qfarm.kernels import reference
-from qfarm.kernels.pack import BCQWeight, Int8Weight, T16Weight
+from qfarm.kernels.pack import BCQWeight, Int8Weight, PackedKV, T16Weight
 
 Backend = Literal["auto", "triton", "torch", "cpu"]
 GEMV_ROWS = 4  # up to here a pass over the weight per row
@@ -82,6 +82,24 @@ def bcq_linear(x: Tensor, weight: BCQWeight, backend: Backend = "auto") -> Tenso
     from qfarm.kernels import tri_bcq
 
     return torch.stack([tri_bcq.gemv(row, weight) for row in x]).to(x.dtype)
+
+
+def kv_scores(queries: Tensor, keys: PackedKV, scaling: float, backend: Backend = "auto") -> Tensor:
+    """queries [heads, R, channels] times packed keys -> float32 [heads, R, tokens]; on a GPU queries become float16."""
+    if choose(queries, backend, on_cpu=False) == "torch":
+        return queries.float() @ keys.dequantize().mT * scaling
+    from qfarm.kernels import tri_kv
+
+    return tri_kv.scores(queries.half(), keys, scaling)
+
+
+def kv_outputs(weights: Tensor, values: PackedKV, backend: Backend = "auto") -> Tensor:
+    """weights [heads, R, tokens] of the softmax times packed values -> float32 [heads, R, channels]; as above."""
+    if choose(weights, backend, on_cpu=False) == "torch":
+        return weights.float() @ values.dequantize()
+    from qfarm.kernels import tri_kv
+
+    return tri_kv.outputs(weights.half(), values)
 
 
 def rotate(x: Tensor, backend: Backend = "auto") -> Tensor:

@@ -137,6 +137,8 @@ def _checked(x: Tensor, packed: PackedKV, by_channel: bool) -> tuple[int, int, i
         raise ValueError(f"groups along {'channels' if by_channel else 'tokens'}: expected the other packed tensor")
     if x.dim() != 3 or x.shape[0] != heads or x.shape[2] != (channels if by_channel else tokens):
         raise ValueError(f"{list(x.shape)}: expected [{heads}, R, {channels if by_channel else tokens}]")
+    if not all(part.is_contiguous() for part in (packed.words, packed.scale, packed.minimum)):
+        raise ValueError("a view of words, scales or minima: expected contiguous tensors, since kernels take pointers")
     return heads, tokens, channels
 
 

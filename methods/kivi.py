@@ -14,7 +14,9 @@ rotary embedding, heads before they are repeated. Of T tokens
 A new token is read in full precision and only then are those quantized that are due; a chunk of tokens that the
 evaluation reads back as stored is quantized first. What is quantized stays as it is.
 
-Stored: codes packed along head_dim, a float16 scale and minimum per group: b + 32 / group bits. At group 32 and after
+Stored: codes packed along head_dim, a float16 scale and minimum per group: b + 32 / group bits. Where attention's
+kernels read them, codes lie in words of 32 / b tokens as soon as one is full; the codes are the same, and so are the
+bytes. At group 32 and after
 2,048 tokens, which is where a cell's KV bits are counted: keys b + 1, values (15 / 16) (b + 1) + 1, together 5.34 bits
 for b = 4 and 3.41 for b = 2. On average over lengths residual / 2 keys wait; at this length none does.
 
@@ -42,7 +44,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from qfarm.layers.cache import QuantizedLayer, extend
+from qfarm.kernels.pack import WORD_BITS, PackedKV, pack_tokens
+from qfarm.layers.cache import QuantizedLayer, Words, extend
 from qfarm.layers.inject import MakeLayer
 from qfarm.layers.packing import pack_codes, unpack_codes
 from qfarm.layers.sites import Observed
@@ -53,6 +56,10 @@ from qfarm.scheme import UNTOUCHED
 Width = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 # Axis of a group's members: keys as [batch, heads, groups, tokens, channels], values [.., tokens, groups, channels].
 AXIS = {"k": 3, "v": 4}
+NAMES = {"k": "keys", "v": "values"}
+PARTS = ("codes", "scale", "low")  # of what is quantized, in `state` by name: k_codes, ..
+# What the words of `qfarm.kernels.pack.PackedKV` hold.
+WORD_WIDTHS, WORD_GROUPS = (2, 4), (32, 64, 128)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -89,7 +96,10 @@ METHOD = KIVI
 
 
 class KIVILayer(QuantizedLayer):
-    """Packed codes with a float16 scale and minimum per group, and the tokens that wait (`k_rest`, `v_rest`)."""
+    """Packed codes with a float16 scale and minimum per group, and the tokens that wait (`k_rest`, `v_rest`).
+
+    With `in_words`, `k_word_codes` and its like are the older ones, laid out as in `PackedKV` with the batch in front.
+    """
 
     def __init__(self, key_bits: int, value_bits: int, *, group: int, residual: int) -> None:
         super().__init__()
@@ -119,12 +129,54 @@ class KIVILayer(QuantizedLayer):
         new = {"codes": pack_codes(codes, bits), "scale": scale.squeeze(axis), "low": low.squeeze(axis)}
         extend(self.state, {f"{name}_{part}": tensor for part, tensor in new.items()})
         self.state[f"{name}_rest"] = waiting[:, :, count:].clone()  # a view would keep what it was cut from
+        if self.in_words:
+            self._fill_words(name)
+
+    def _fill_words(self, name: str) -> None:
+        """Move the oldest of the packed codes into words, as many tokens as fill some."""
+        codes, scale, low = (self.state.pop(f"{name}_{part}") for part in PARTS)
+        tokens = codes.shape[2]
+        full = tokens - tokens % (WORD_BITS // self.bits[name])
+        grids = full // self.group if name == "k" else full  # along the axis of tokens
+        if full:
+            moved = unpack_codes(codes[:, :, :full], self.bits[name], self.width)
+            words = pack_tokens(moved.flatten(0, 1), self.bits[name]).reshape(*moved.shape[:2], -1, self.width)
+            # Kernels take pointers: no views.
+            new = {"codes": words, "scale": scale[:, :, :grids].contiguous(), "low": low[:, :, :grids].contiguous()}
+            extend(self.state, {f"{name}_word_{part}": tensor for part, tensor in new.items()})
+        if full < tokens:  # of values only: keys are quantized by whole groups
+            rest = {"codes": codes[:, :, full:], "scale": scale[:, :, grids:], "low": low[:, :, grids:]}
+            self.state |= {f"{name}_{part}": tensor.clone() for part, tensor in rest.items()}
+
+    def words_refusal(self, width: int) -> str | None:
+        for name, bits in self.bits.items():
+            if bits not in WORD_WIDTHS:
+                return f"{bits}-bit {NAMES[name]}: attention's kernels read 2 and 4 bits"
+        if self.group not in WORD_GROUPS:
+            return f"groups of {self.group}: attention's kernels read those of {', '.join(map(str, WORD_GROUPS))}"
+        return None
+
+    @property
+    def words_from(self) -> int:
+        # A window of keys is quantized and a few wait; of values there is a word and a few codes beside it.
+        return self.residual + WORD_BITS // min(self.bits.values()) + 3
+
+    def split(self) -> tuple[Words, tuple[Tensor, Tensor]]:
+        return (self._words("k"), self._words("v")), (self._after_words("k"), self._after_words("v"))
+
+    def _words(self, name: str) -> PackedKV | None:
+        if f"{name}_word_codes" not in self.state:
+            return None
+        words, scale, low = (self.state[f"{name}_word_{part}"].flatten(0, 1) for part in PARTS)
+        return PackedKV(
+            bits=self.bits[name], group=self.group, words=words, scale=scale, minimum=low, by_channel=name == "k"
+        )
 
     def _padding(self, count: int) -> Tensor | None:
         """Which of the next keys to be quantized are padding, [batch, 1, groups, group, 1]."""
         if self.starts is None:
             return None
-        done = self.state["k_codes"].shape[2] if "k_codes" in self.state else 0
+        done = self.length - self.state["k_rest"].shape[2]
         hidden = torch.arange(done, done + count, device=self.starts.device) < self.starts[:, None]
         return hidden.reshape(len(hidden), 1, -1, self.group, 1)
 
@@ -135,6 +187,14 @@ class KIVILayer(QuantizedLayer):
 
     def _whole(self, name: str) -> Tensor:
         """Keys or values of all tokens [batch, heads, tokens, head_dim], in the dtype in which they were given."""
+        words, after = self._words(name), self._after_words(name)
+        if words is None:
+            return after
+        dense = words.dequantize().reshape(*after.shape[:2], -1, self.width)
+        return torch.cat([dense.to(after.dtype), after], dim=2)
+
+    def _after_words(self, name: str) -> Tensor:
+        """The same of those tokens that lie in no word."""
         waiting, axis = self.state[f"{name}_rest"], AXIS[name]
         if f"{name}_codes" not in self.state:
             return waiting

@@ -23,7 +23,7 @@ from qfarm.job import Job, Resources
 from qfarm.matrix import Cell, Invalid, canonical_hash, expand
 from qfarm.models.reference import PROVISIONAL, ModelFacts, resolve
 from qfarm.recipe import Recipe, Stage, build_method, solves_blocks
-from qfarm.runs import ON, Run, one_device_evaluation, one_device_rule, packed_refusal, run_of
+from qfarm.runs import GPU_PRODUCTS_VERSION, ON, Run, one_device_evaluation, one_device_rule, packed_refusal, run_of
 from qfarm.scheme import parse_scheme
 from qfarm.store import Store
 from qfarm.text import Part, text_hash
@@ -321,7 +321,7 @@ def _spec(
 ) -> EvaluationSpec:
     protocol = evaluator.protocol(tokenizer, dtype, hash_of, kv=kv, run=run)
     if run == "packed" and resources.gpus:  # other operators multiply there
-        protocol[ON] = "gpu"
+        protocol |= {ON: "gpu", "products": GPU_PRODUCTS_VERSION}
     if evaluator.timed:  # so that a store can hold several; what the machine turns out to be stands in the row
         protocol["worker"] = {"gpus": resources.gpus, "cpus": resources.cpus}
     told = run == "packed" and len(evaluator.runs) > 1  # where the name alone does not say it

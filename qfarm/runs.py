@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 Run = Literal["fake", "packed"]
 RUNS: tuple[Run, ...] = ("fake", "packed")  # in the order in which a cell's are measured
 ON = "products_on"  # in the protocol of a packed run: "gpu", where other operators multiply; absent: the CPU's
-PRODUCTS_VERSION = 1  # raise it when the arithmetic of a packed run changes: it enters the protocol
+# Raise them when the arithmetic of a packed run changes: they enter the protocol.
+PRODUCTS_VERSION = 1
+GPU_PRODUCTS_VERSION = 2
 
 
 def run_protocol(run: Run) -> dict[str, Any]:

@@ -10,6 +10,11 @@ error of rounding one weight to the dtype, 3.5 times the usual one (sqrt(12)).
               see it), at most `ALLOWED` times the rms of moved minus simulated
     layers    the same of each linear layer's output, on the inputs of the simulation; rounding the output by one unit
               is added to what the moved weights do
+    cache     where kernels read the KV cache: outputs of attention over packed keys and values minus those over the
+              same ones dequantized, rms, as a share of the latter's; a few tokens read one at a time, behind as many of
+              the text (repeated, if it is shorter) as leave some in every kind of storage. At most `CACHE_ALLOWED`:
+              keys rounded to float16 move a score of 16 by less than 0.01, and with it a probability by 1 %; a wrong
+              group of codes or scales moves outputs by a tenth and more
 
 Why `ALLOWED` is 4: of the usual errors scales and weights have 0.3 units each, scale times zero of a 4-bit code up to
 0.6 where it counts eight scales beside a weight of four, inputs 0.3: together less than 1 unit, if their signs differ.
@@ -36,8 +41,10 @@ from qfarm import divergence
 from qfarm.errors import Disagreement, NonFinite
 from qfarm.evaluate import Result, TextEvaluator
 from qfarm.layers.linear import QuantLinear
+from qfarm.layers.packed_attention import PackedAttention
 from qfarm.layers.packed_run import PackedModel
 from qfarm.models.load import LoadedModel
+from qfarm.models.past import cache_keyword, returned_cache
 from qfarm.recipe import STRICT
 from qfarm.record import Metric
 from qfarm.text import public_name, reference
@@ -46,6 +53,8 @@ if TYPE_CHECKING:
     from qfarm.worker import Session
 
 ALLOWED = 4.0  # times what one unit in the last place of the weights does
+CACHE_ALLOWED = 0.03  # of attention's output (an unpublished value)
+STEPS = 4  # tokens read one at a time
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -82,9 +91,12 @@ class Crosscheck(TextEvaluator):
         found = _logits(loaded, ids)
         progress(3, 3)
         figures = compared(simulated, found, moved) | layers.worst()
+        if packed.attention is not None:
+            figures |= self._cache(loaded, packed.attention, ids)
         self._judge(figures, layers, str(loaded.dtype).removeprefix("torch."))
         units = {"logit_difference": "logits", "logit_rounding": "logits", "packed_kl": "nats per token"}
         units |= {"packed_agreement": "fraction of tokens", "worst_layer": "times rounding"}
+        units |= {"cache_difference": "share of the output"}
         better = {"packed_agreement": "higher", "logit_rounding": "none"}
         return Result(
             metrics=tuple(
@@ -93,6 +105,14 @@ class Crosscheck(TextEvaluator):
             ),
             documents=(),
         )
+
+    def _cache(self, loaded: LoadedModel, attention: PackedAttention, ids: Tensor) -> dict[str, float]:
+        """The largest difference of a block's attention, with a past that `ids` [windows, length] make up."""
+        past = max(make().words_from for make in loaded.cache_layers)
+        text = ids.flatten().repeat(-(-(past + STEPS) // ids.numel()))[: past + STEPS]
+        with attention.compared() as differences:
+            _read_steps(loaded, text, past)
+        return {"cache_difference": max(differences)}
 
     def _judge(self, figures: dict[str, float], layers: Layers, dtype: str) -> None:
         """Raises Disagreement beyond the bound, NonFinite where there is nothing to compare."""
@@ -111,6 +131,12 @@ class Crosscheck(TextEvaluator):
                 f"{self.label}: packed and simulated logits differ by {difference:.3g} (rms), {unit} does "
                 f"{rounding:.3g}, at most {ALLOWED:g} times that is rounding; worst layer {layers.name or 'none'}"
             )
+        apart = figures.get("cache_difference", 0.0)
+        if apart > CACHE_ALLOWED:
+            raise Disagreement(
+                f"{self.label}: attention over packed keys and values differs by {apart:.3g} of itself from that over "
+                f"the same ones dequantized; at most {CACHE_ALLOWED:g} is rounding"
+            )
 
 
 EVALUATOR = Crosscheck
@@ -118,10 +144,11 @@ EVALUATOR = Crosscheck
 
 def one_unit(weight: Tensor, seed: int) -> Tensor:
     """One unit in the last place of each weight [out, in], in its dtype, with random signs; 0 for 0."""
-    sign = torch.randint(0, 2, weight.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    draw = torch.Generator(weight.device).manual_seed(seed)  # so other signs on another device
+    sign = torch.randint(0, 2, weight.shape, generator=draw, device=weight.device) * 2 - 1
     exponent = torch.frexp(weight.float()).exponent  # |w| in [2^(e-1), 2^e)
     unit = torch.finfo(weight.dtype).eps * torch.exp2((exponent - 1).float())
-    return (sign.to(weight.device) * unit * (weight != 0)).to(weight.dtype)
+    return (sign * unit * (weight != 0)).to(weight.dtype)
 
 
 def compared(simulated: Tensor, packed: Tensor, moved: Tensor) -> dict[str, float]:
@@ -146,12 +173,13 @@ class Layers:
         self.name, self.path = "", ""
         for index, name in enumerate(packed.layers):
             linear = loaded.model.get_submodule(name)
-            unit = one_unit(linear.weight, index)
 
             def compare(
-                module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name, unit: Tensor = unit
+                module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name, index: int = index
             ) -> None:
-                self._add(name, module, args[0], output, unit)
+                assert isinstance(module, nn.Linear)
+                # Drawn again in each window: kept, all of them would be the model once more.
+                self._add(name, module, args[0], output, one_unit(module.weight, index))
 
             loaded.on_restore(linear.register_forward_hook(compare).remove)
 
@@ -184,6 +212,15 @@ def _logits(loaded: LoadedModel, ids: Tensor) -> Tensor:
 def _each(loaded: LoadedModel, ids: Tensor) -> Iterator[Tensor]:
     for window in ids:
         yield loaded.head(loaded.body(window[None].to(loaded.device))[0]).float()
+
+
+def _read_steps(loaded: LoadedModel, text: Tensor, past: int) -> None:
+    """Read the first `past` tokens [tokens] at once and the others one at a time."""
+    body = loaded.model.base_model
+    keyword, cache = cache_keyword(body), None
+    ids = text.to(loaded.device)[None]
+    for step in (ids[:, :past], *(ids[:, at : at + 1] for at in range(past, ids.shape[1]))):
+        cache = returned_cache(body(input_ids=step, use_cache=True, **{keyword: cache}))
 
 
 def _rms(values: Tensor) -> float:

@@ -11,6 +11,9 @@ several tokens hands back is a choice of the evaluation:
 
 A call with one token hands back what is stored, in all three. A layer with a residual window (KIVI) has it
 in full precision even then: `settle` quantizes what is due after it was read.
+
+Where attention's kernels read codes (`qfarm.layers.packed_attention`), such a call hands back only those tokens that
+lie in no word, and `words` are the others.
 """
 
 from __future__ import annotations
@@ -23,11 +26,14 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from qfarm.errors import InvalidInput, ModelError
+from qfarm.kernels.pack import PackedKV
 from qfarm.layers.packing import pack_codes, unpack_codes
 from qfarm.layers.rope import Rotation, rotate, unrotate
 from qfarm.layers.rtn import Quantizer, asymmetric_codes, asymmetric_grid
 from qfarm.layers.sites import Prefill
 from qfarm.layers.turn import Turn
+
+Words = tuple[PackedKV | None, PackedKV | None]  # keys and values, a head for each sequence and head; None: none yet
 
 
 class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
@@ -50,6 +56,8 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
         self.turn: Turn | None = None  # keys are stored turned, and turned back when they are read
         self.rotary = False  # keys come behind a rotary embedding; a layer outside a model is handed plain ones
         self.rotation: Rotation | None = None  # of the tokens of the next update, for layers before the embedding
+        self.in_words = False  # what is stored is kept in words that attention's kernels read
+        self.words: Words = (None, None)  # of the latest update with one token, for the attention that follows it
         self._rotations: dict[str, Tensor] = {}  # of all tokens; positions give them, so they count as no storage
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -62,6 +70,19 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
 
     def settle(self) -> None:
         """Quantize what no longer belongs to the residual window; layers that quantize in `append` have none."""
+
+    def words_refusal(self, width: int) -> str | None:
+        """Why attention's kernels cannot read what this layer stores of heads of `width` numbers, or None."""
+        return f"{type(self).__name__} stores codes in no layout that attention's kernels read"
+
+    @property
+    def words_from(self) -> int:
+        """Tokens after which words hold some of keys and of values, and some tokens lie in none."""
+        raise NotImplementedError
+
+    def split(self) -> tuple[Words, tuple[Tensor, Tensor]]:
+        """Keys and values in words, and those of the tokens after them, dense; for layers without a refusal."""
+        raise NotImplementedError
 
     def tables(self) -> dict[str, dict[str, Any]]:
         """What calibration fixed for this layer, by the role of the linear layer that it is of; for the records."""
@@ -80,7 +101,10 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
         self.append(self._before_embedding(key_states), value_states)
         self.length += tokens
         if tokens == 1:
-            found = self._dense()
+            if self.in_words:
+                self.words, found = self.split()
+            else:
+                found = self._dense()
             self.settle()
             return found
         self.settle()
@@ -126,6 +150,7 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
 
     def reset(self) -> None:
         self.state, self._rotations, self.length, self.starts, self.rotation = {}, {}, 0, None, None
+        self.words = (None, None)
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -35,6 +35,8 @@ def install_cache(loaded: LoadedModel, makers: Sequence[MakeLayer]) -> None:
     unknown = sorted(set(getattr(loaded.model.config, "layer_types", None) or ()) - KNOWN_KINDS)
     if unknown:
         raise ModelError(f"a quantized KV cache needs plain attention; the model has {', '.join(unknown)} blocks")
+    loaded.cache_layers = tuple(makers)
+    loaded.on_restore(functools.partial(setattr, loaded, "cache_layers", ()))
     handle = loaded.decoder.register_forward_pre_hook(functools.partial(_inject, loaded, makers), with_kwargs=True)
     loaded.on_restore(handle.remove)
     loaded.on_restore(loaded.decoder.register_forward_hook(_require_use, with_kwargs=True).remove)
@@ -95,7 +97,7 @@ def _inject(
     layers = [make() for make in makers]
     for block, layer in enumerate(layers):
         layer.prefill, layer.starts, layer.turn = loaded.prefill, starts, loaded.turns.get(block)
-        layer.rotary = loaded.architecture.rotary
+        layer.rotary, layer.in_words = loaded.architecture.rotary, loaded.cache_in_words
     if given is None:
         others = {name: value for name, value in kwargs.items() if name not in KEYWORDS}
         return args, others | {cache_keyword(module): Cache(layers=layers)}

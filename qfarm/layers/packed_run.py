@@ -1,8 +1,9 @@
 """Packed run: linear layers that multiply from packed codes, put in and out of a quantized model.
 
-Everything else stays: hooks and online rotations, low-rank branches, quantizers of keys and values, the KV cache, which
-holds packed codes in either run. A layer in a packed run has no floating-point weight, so that nothing can use it by
-mistake; it comes back with the simulation.
+Everything else stays: hooks and online rotations, low-rank branches, quantizers of keys and values. The KV cache holds
+packed codes in either run; where there are kernels for them, attention of one new token reads them as they are
+(`qfarm.layers.packed_attention`), else dequantized. A layer in a packed run has no floating-point weight, so that
+nothing can use it by mistake; it comes back with the simulation.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from qfarm.errors import InvalidInput
+from qfarm.layers import packed_attention
 from qfarm.layers.linear import Branch, Multiplier, QuantLinear, as_given
+from qfarm.layers.packed_attention import PackedAttention
 from qfarm.layers.products import Product, Sharing, product_of, refuse_device
 from qfarm.models.load import LoadedModel
 from qfarm.quantized import QuantizedWeight
@@ -67,6 +70,9 @@ class PackedModel:
             quantize = None if quantize is as_given else quantize
             product = product_of(weight, quantize, loaded.dtype, sharing, loaded.device)
             self._simulated[name], self.layers[name] = linear, PackedLinear.around(linear, product)
+        self._why_dense = packed_attention.refusal(loaded) if loaded.cache_layers else None
+        reads = bool(loaded.cache_layers) and self._why_dense is None
+        self.attention = PackedAttention(loaded) if reads else None
 
     @contextlib.contextmanager
     def running(self, packed: bool) -> Iterator[None]:
@@ -81,6 +87,8 @@ class PackedModel:
     def _put(self, packed: bool) -> None:
         for name, module in (self.layers if packed else self._simulated).items():
             self.loaded.model.set_submodule(name, module)
+        if self.attention is not None:
+            self.attention.put(packed)
         self._packed = packed
 
     def nbytes(self) -> int:
@@ -97,10 +105,15 @@ class PackedModel:
         }
         for name, layer in self.layers.items():
             found[layer.product.path].append(roles[name])
-        return [
+        notes = [
             f"packed: {path}: {len(names)} of {len(self.layers)} layers ({' '.join(dict.fromkeys(names))})"
             for path, names in found.items()
         ]
+        if self.attention is not None:
+            notes.append("packed: KV cache: qfarm.kernels read it for one new token, dequantized for several")
+        elif self._why_dense is not None:
+            notes.append(f"packed: KV cache: read dequantized: {self._why_dense}")
+        return notes
 
 
 def weight_bytes(loaded: LoadedModel, packed: PackedModel | None) -> int:

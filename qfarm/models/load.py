@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from qfarm.models.past import cache_keyword, returned_cache
 from qfarm.models.place import HOST, Placement, move, put, spread
 from qfarm.models.reference import ModelFacts, first_line, unreachable
 
+if TYPE_CHECKING:
+    from qfarm.layers.cache import QuantizedLayer
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -34,6 +37,9 @@ class LoadedModel:
         self.chunk: int | None = None
         # Factors folded into the norms before groups of layers, by block and group, for methods that go on from there.
         self.divided: dict[tuple[int, tuple[str, ...]], Tensor] = {}
+        # What makes the layers of a quantized KV cache, by block, and whether they store words that kernels read.
+        self.cache_layers: tuple[Callable[[], QuantizedLayer], ...] = ()
+        self.cache_in_words = False
         # How keys are turned where they are quantized, by block: a rotation that the weights cannot carry.
         self.turns: dict[int, Turn] = {}
         # What a transform decided for the inputs of groups of layers, for its own quantizers.
