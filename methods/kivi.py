@@ -14,11 +14,10 @@ rotary embedding, heads before they are repeated. Of T tokens
 A new token is read in full precision and only then are those quantized that are due; a chunk of tokens that the
 evaluation reads back as stored is quantized first. What is quantized stays as it is.
 
-Stored: codes packed along head_dim, a float16 scale and minimum per group: b + 32 / group bits. Where attention's
-kernels read them, codes lie in words of 32 / b tokens as soon as one is full; the codes are the same, and so are the
-bytes. At group 32 and after
+Stored: codes packed along head_dim, a float16 scale and minimum per group: b + 32 / group bits. At group 32 and after
 2,048 tokens, which is where a cell's KV bits are counted: keys b + 1, values (15 / 16) (b + 1) + 1, together 5.34 bits
-for b = 4 and 3.41 for b = 2. On average over lengths residual / 2 keys wait; at this length none does.
+for b = 4 and 3.41 for b = 2. On average over lengths residual / 2 keys wait; at this length none does. Where
+attention's kernels read them, codes lie in words of 32 / b tokens as soon as one is full: as many bytes.
 
 Keys of padding on the left take no part in ranges; groups are counted from the first column, padding or not, so that a
 sequence padded by other than a multiple of `residual` has other groups. A group's range looks at up to group - 1 later

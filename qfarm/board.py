@@ -111,6 +111,7 @@ class Board:
         cell_id = cell.cell_id
         self.scheduler.started(cell_id, worker, now)
         number = self.scheduler.attempt(cell_id).number
+        following = self.scheduler.next_load(worker, gpus=gpus)
         task = Task(
             job=self._job,
             cell=cell,
@@ -125,6 +126,7 @@ class Board:
             margin=self._work[cell_id].margin,
             expected_s=self._work[cell_id].estimate_s,
             expected_from=self._work[cell_id].estimate_from,
+            ahead=None if following is None else (following.model, following.dtype),
         )
         self._running[task.attempt_id] = _Attempt(cell_id=cell_id, started=utc_now(), began=now)
         self.emit(Started(cell=cell, attempt=number, worker=worker, expected_s=task.expected_s))

@@ -57,6 +57,7 @@ class Task:
     share: tuple[str, ...] = ()  # statistics to collect at once, for this cell and others of the same calibration
     expected_s: float | None = None  # what the plan expects it to take, for the record
     expected_from: str | None = None  # qfarm.estimate.Estimate.source
+    ahead: tuple[str, str] | None = None  # reference and dtype of the model that the worker will likely load next
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

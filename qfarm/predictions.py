@@ -145,8 +145,10 @@ class Scorer:
         place = self._places.get(name)
         if place is None or len(place) < len(hidden):
             place = self._places[name] = hidden.new_empty(len(hidden), len(weight))
-        logits = torch.mm(hidden, weight.T, out=place[: len(hidden)])
-        return logits if bias is None else logits.add_(bias)
+        part = place[: len(hidden)]
+        if bias is None:
+            return torch.mm(hidden, weight.T, out=part)
+        return torch.addmm(bias, hidden, weight.T, out=part)
 
 
 class BaselineStates:

@@ -298,10 +298,17 @@ class Scheduler:
             if model is None:
                 return self._hedge(worker, now, gpus, node)
             self._settle(worker, model)
-        item = self._pop(worker, model)
+        item = self._first(worker, model)
         self._hold(item, worker, now, node)
         self._change(item, State.RUNNING)
         return item.cell
+
+    def next_load(self, worker: str, *, gpus: float = 0.0) -> Cell | None:
+        """A cell of the model that the worker will most likely load next; None while its own has cells to hand out."""
+        model, other = self._home.get(worker), self._most_pressing(gpus)
+        if model is None or model.ready or model.blocked or other is None or other is model:
+            return None
+        return self._first(worker, other).cell
 
     def started(self, cell_id: str, worker: str, now: float) -> None:
         """The worker took the cell that `ready` gave it: a new attempt begins."""
@@ -471,7 +478,7 @@ class Scheduler:
         self._home[worker] = model
         model.workers += 1
 
-    def _pop(self, worker: str, model: _Model) -> _Item:
+    def _first(self, worker: str, model: _Model) -> _Item:
         """The cell of this model, of which some are ready, that the worker takes."""
         baseline = model.baseline
         if baseline is not None and baseline.model is model and baseline.state is State.READY:

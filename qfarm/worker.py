@@ -31,6 +31,7 @@ from qfarm.layers.sites import Observed
 from qfarm.layers.twin import twin_blocks
 from qfarm.matrix import Cell, canonical_hash
 from qfarm.memory import OFFLOADED, SHRUNK, Arrangement, arrange, needs
+from qfarm.models.ahead import Ahead
 from qfarm.models.load import DTYPES, LoadedModel, load
 from qfarm.models.place import HOST
 from qfarm.models.reference import ModelFacts, resolve
@@ -86,6 +87,7 @@ class Session:
         self._windows: dict[tuple[Any, ...], Any] = {}
         self._shared: dict[str, SharedStatistics] = {}  # by what they depend on; the latest used stands last
         self._observed = KeptObservations()
+        self.ahead = Ahead()
         self._hashes: dict[tuple[str, Part], str] = {}
 
     @property
@@ -411,6 +413,8 @@ def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: lis
             packed=packs_layers,
             one_device=alone is not None,
         )
+    if task.ahead is not None:
+        session.ahead.start(*task.ahead)
     with clock("prepare"):
         for spec, evaluator in evaluators:
             for name, part in evaluator.texts():

@@ -66,6 +66,19 @@ def test_a_worker_moves_on_when_its_model_has_nothing_left():
     assert models == ["b", "b", "a"]  # b has more to do
 
 
+def test_the_next_load_is_known_once_a_workers_model_has_nothing_left_to_hand_out():
+    first, second = [make_cell(i, "a") for i in range(2)], [make_cell(9, "b", baseline=True), make_cell(1, "b")]
+    scheduler = Scheduler(plans(*first, *second, needy=True), retries=0)
+    assert scheduler.next_load("w1") is None  # it holds no model
+    assert take(scheduler, "w1") == first[0] and scheduler.next_load("w1") is None
+    assert take(scheduler, "w1") == first[1] and scheduler.next_load("w1") == second[0]
+    assert scheduler.next_load("w1", gpus=1.0) is None
+    assert take(scheduler, "w2") == second[0] and scheduler.next_load("w1") is None  # its cells wait for the baseline
+    scheduler.finished(second[0].cell_id, "w2", 1.0)
+    assert scheduler.next_load("w1") == second[1] and scheduler.next_load("w2") is None
+    assert take(scheduler, "w2") == second[1]
+
+
 def test_spreading_follows_the_work_that_is_left():
     cells = [make_cell(i, "large") for i in range(90)] + [make_cell(i, "small") for i in range(10)]
     scheduler = Scheduler(plans(*cells), retries=0)

@@ -49,7 +49,7 @@ class Farm:
     def plan(self) -> Plan:
         return make_plan(self.job, self.store, None)
 
-    def run(self, index: int, share: tuple[str, ...] = ()) -> Outcome:
+    def run(self, index: int, share: tuple[str, ...] = (), ahead: tuple[str, str] | None = None) -> Outcome:
         planned = self.plan().cells[index]
         self.count += 1
         task = Task(
@@ -61,6 +61,7 @@ class Farm:
             number=1,
             data=None,
             share=share,
+            ahead=ahead,
         )
         return run_cell(task, self.session, lambda *event: self.stages.append(event))
 

@@ -234,12 +234,17 @@ def _inputs(facts: ModelFacts) -> list[int]:
 
 def matrix_rate(facts: ModelFacts, dtype: str) -> float:
     """Operations per second of products of the model's shapes, weighted as the decoder has them, with all threads."""
+    return measured_rate(facts, dtype, os.cpu_count() or 1)
+
+
+def measured_rate(facts: ModelFacts, dtype: str, threads: int) -> float:
+    """The same with so many threads, or on the GPU where there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         return _rate(facts, dtype, device)
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(threads)
         return _rate(facts, dtype, device)
     finally:
         torch.set_num_threads(before)

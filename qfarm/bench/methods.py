@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qfarm import environment
 from qfarm.bench import yardstick
-from qfarm.bench.stopwatch import SECTIONS, Stopwatch, now, timed
+from qfarm.bench.stopwatch import SECTIONS, Place, Stopwatch, now, timed
 from qfarm.calibrate import quantize_weights
 from qfarm.errors import InvalidInput, QfarmError
 from qfarm.inputs import Collector, Statistic
@@ -186,7 +186,7 @@ def measure(
 
 def _job(loaded: LoadedModel, windows: Tensor, grid: Grid, solver: WeightSolver) -> Callable[[Stopwatch], None]:
     solve = "quantize_block" if isinstance(solver, BlockSolver) else "quantize_linear"
-    places = {
+    places: dict[Place, str] = {
         (Walk, "__init__"): "forwards",
         (Walk, "collect"): "forwards",
         (Walk, "outputs"): "forwards",

@@ -15,7 +15,7 @@ from qfarm import environment
 from qfarm.report.render import terminal_text
 
 if TYPE_CHECKING:
-    from qfarm.bench import farm, growth, kernels, matrix, memory, tasks
+    from qfarm.bench import evaluation, farm, growth, kernels, matrix, memory, tasks
     from qfarm.bench.farm import Figure
     from qfarm.bench.methods import MethodResult, Report
 
@@ -54,7 +54,9 @@ def columns(names: Sequence[str], left: int = 1) -> Table:
     return table
 
 
-def render_json(report: Report | tasks.Report | matrix.Report | kernels.Report | memory.Report | growth.Report) -> str:
+def render_json(
+    report: Report | tasks.Report | matrix.Report | evaluation.Report | kernels.Report | memory.Report | growth.Report,
+) -> str:
     return json.dumps(dataclasses.asdict(report), indent=2) + "\n"
 
 
@@ -124,6 +126,22 @@ def render_matrix(report: matrix.Report, width: int, color: bool = False) -> str
     )
     head, foot = [Text(what), Text(_where(report.machine) + "\n")], [Text("\n" + floor), Text(MATRIX_LEGEND)]
     return terminal_text([*head, table, *foot], width, color)
+
+
+def render_evaluation(report: evaluation.Report, width: int, color: bool = False) -> str:
+    """Every part of an evaluation with its share of the time and of the machine's rate."""
+    table = columns(("part", "s", "of the time", "operations", "of the rate"))
+    for part in report.parts:
+        share = f"{part.operations / part.seconds / report.rate:.0%}" if part.operations else ""
+        operations = f"{part.operations:.3g}" if part.operations else ""
+        table.add_row(part.name, f"{part.seconds:.2f}", f"{part.seconds / report.seconds:.0%}", operations, share)
+    settings = report.settings
+    what = f"{settings.model}: {settings.text} {settings.length}, {report.tokens:,} tokens, {settings.dtype}"
+    foot = (
+        f"{report.tokens / report.seconds:,.0f} tokens/s; what must be done at {report.share:.0%} of the measured rate "
+        f"of matrix products, {report.rate:.3g} operations per second"
+    )
+    return terminal_text([Text(what), Text(_where(report.machine) + "\n"), table, Text("\n" + foot)], width, color)
 
 
 def render_figures(figures: Sequence[Figure], width: int, color: bool = False) -> str:

@@ -8,19 +8,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 
+Place = tuple[type | ModuleType, str]  # a method of a class, or a function of a module
 SECTIONS = ("forwards", "statistics", "solving", "rest")
 
 
 class Stopwatch:
     """Seconds per section. Time outside all sections is that of "rest"."""
 
-    def __init__(self, clock: Callable[[], float] | None = None) -> None:
-        self.seconds = dict.fromkeys(SECTIONS, 0.0)
+    def __init__(self, clock: Callable[[], float] | None = None, sections: Sequence[str] = SECTIONS) -> None:
+        self.seconds = dict.fromkeys(sections, 0.0)
         self._clock = clock or now
         self._stack = ["rest"]
         self._last = self._clock()
@@ -54,8 +56,11 @@ def now() -> float:
 
 
 @contextlib.contextmanager
-def timed(watch: Stopwatch, places: dict[tuple[type, str], str]) -> Iterator[None]:
-    """While this lasts, calls of these methods of classes are timed as these sections: {(class, name): section}."""
+def timed(watch: Stopwatch, places: Mapping[Place, str]) -> Iterator[None]:
+    """While this lasts, calls of these methods of classes are timed as these sections: {(class, name): section}.
+
+    Functions of modules as well, where they are looked up at each call.
+    """
     with contextlib.ExitStack() as stack:
         for (owner, name), section in places.items():
             own = owner.__dict__.get(name)  # None: inherited, and to be inherited again afterwards
@@ -73,7 +78,7 @@ def _timed(function: Callable[..., Any], watch: Stopwatch, section: str) -> Call
     return call
 
 
-def _put_back(owner: type, name: str, own: Any) -> None:
+def _put_back(owner: type | ModuleType, name: str, own: Any) -> None:
     if own is None:
         delattr(owner, name)
     else:

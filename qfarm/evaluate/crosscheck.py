@@ -112,7 +112,7 @@ class Crosscheck(TextEvaluator):
         text = ids.flatten().repeat(-(-(past + STEPS) // ids.numel()))[: past + STEPS]
         with attention.compared() as differences:
             _read_steps(loaded, text, past)
-        return {"cache_difference": max(differences)}
+        return {"cache_difference": max(differences, key=_nan_last)}
 
     def _judge(self, figures: dict[str, float], layers: Layers, dtype: str) -> None:
         """Raises Disagreement beyond the bound, NonFinite where there is nothing to compare."""
@@ -199,7 +199,7 @@ class Layers:
         }
         if not ratios:
             return {}
-        self.name = max(ratios, key=lambda name: (math.isnan(ratios[name]), ratios[name]))
+        self.name = max(ratios, key=lambda name: _nan_last(ratios[name]))
         self.path = self.packed.layers[self.name].product.path
         return {"worst_layer": ratios[self.name]}
 
@@ -221,6 +221,11 @@ def _read_steps(loaded: LoadedModel, text: Tensor, past: int) -> None:
     ids = text.to(loaded.device)[None]
     for step in (ids[:, :past], *(ids[:, at : at + 1] for at in range(past, ids.shape[1]))):
         cache = returned_cache(body(input_ids=step, use_cache=True, **{keyword: cache}))
+
+
+def _nan_last(value: float) -> tuple[bool, float]:
+    """A key by which NaN is the largest."""
+    return math.isnan(value), value
 
 
 def _rms(values: Tensor) -> float:

@@ -96,6 +96,8 @@ class PackedAttention:
         if not packed:
             for handle in self._handles:
                 handle.remove()
+            for module in self._modules:
+                delattr(module, READING)
             self._handles = []
             self._loaded.model.set_attn_implementation(self._inner)
             return
