@@ -147,7 +147,7 @@ class KIVILayer(QuantizedLayer):
             rest = {"codes": codes[:, :, full:], "scale": scale[:, :, grids:], "low": low[:, :, grids:]}
             self.state |= {f"{name}_{part}": tensor.clone() for part, tensor in rest.items()}
 
-    def words_refusal(self, width: int) -> str | None:
+    def words_refusal(self) -> str | None:
         for name, bits in self.bits.items():
             if bits not in WORD_WIDTHS:
                 return f"{bits}-bit {NAMES[name]}: attention's kernels read 2 and 4 bits"

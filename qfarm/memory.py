@@ -106,7 +106,9 @@ def needs(facts: ModelFacts, cell: Cell, *, window: int = 0, device: str = "cpu"
         ),
         default=0,
     )
-    logits = max(LOGITS[device], 16 * facts.config["vocab_size"])
+    vocabulary = facts.config["vocab_size"]
+    # A chunk of logits is of one window.
+    logits = max(min(LOGITS[device], (window or BATCH_TOKENS["evaluation"]) * vocabulary), 16 * vocabulary)
     return Needs(
         model=(linear + tables) * size,
         block=linear // blocks * size,

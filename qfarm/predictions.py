@@ -106,7 +106,7 @@ class Scorer:
         self._places: dict[str, Tensor] = {}
         self._functions: sums.Functions | None = None
         if sums.wanted(predictions, weight.shape[0], session.device):
-            found = sums.compiled()
+            found = sums.compiled(weight.dtype)
             if isinstance(found, str):
                 session.note(f"{label}: figures are computed op by op, torch.compile gives no function: {found}")
             else:
@@ -121,10 +121,11 @@ class Scorer:
         session = self._session
         targets = targets.to(hidden.device)
         head = session.loaded.head
-        count = max(1, -(-len(targets) // self._rows))  # chunks, as even as they can be
+        chunks = -(-len(targets) // self._rows)
+        rows = -(-len(targets) // chunks)  # as even as they can be: few at once are slow
         parts = []
-        for part in torch.arange(len(targets)).tensor_split(count):
-            chosen = slice(int(part[0]), int(part[-1]) + 1)
+        for start in range(0, len(targets), rows):
+            chosen = slice(start, start + rows)
             logits_before = None
             if before is not None:
                 states = before[chosen].to(hidden.device)
@@ -144,6 +145,7 @@ class Scorer:
         """
         place = self._places.get(name)
         if place is None or len(place) < len(hidden):
+            self._places.pop(name, None)
             place = self._places[name] = hidden.new_empty(len(hidden), len(weight))
         part = place[: len(hidden)]
         if bias is None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WANTED_FROM = 1 << 30  # elements [predictions, vocabulary] of an evaluation (docs/benchmarks.md#scoring)
+WANTED_FROM = 1 << 30  # elements [predictions, vocabulary] of an evaluation (docs/benchmarks.md#one-evaluation)
 TRIAL = (256, 1 << 15)  # of the compilation: large enough for the compiler to plan for several threads
 
 
@@ -75,14 +75,16 @@ def wanted(predictions: int, vocabulary: int, device: torch.device) -> bool:
 
 
 @functools.cache
-def compiled() -> Functions | str:
-    """Compiled for this process, or why that cannot be."""
-    compile_here = functools.partial(torch.compile, dynamic=True, options={"compile_threads": 1})
-    found = Functions(compile_here(one), compile_here(both))
-    trial = torch.zeros(TRIAL, dtype=torch.bfloat16)
+def compiled(dtype: torch.dtype) -> Functions | str:
+    """Compiled for this process and logits of this dtype, or why that cannot be."""
+    if torch._dynamo.config.disable:
+        return "TORCHDYNAMO_DISABLE is set"
+    trial = torch.zeros(TRIAL, dtype=dtype)
     try:
+        compile_here = functools.partial(torch.compile, dynamic=True, options={"compile_threads": 1})
+        found = Functions(compile_here(one), compile_here(both))
         found.one(trial)
-        found.both(trial, trial)
+        found.both(trial, trial.clone())  # the same tensor twice would be a case of its own
     except (RuntimeError, OSError, ImportError) as error:  # no compiler, none that works, no headers of Python
         return str(error).strip().partition("\n")[0] or type(error).__name__
     return found

@@ -413,7 +413,11 @@ def _run(task: Task, session: Session, store: Store, clock: _Clock, figures: lis
             packed=packs_layers,
             one_device=alone is not None,
         )
-    if task.ahead is not None:
+    if (failed := session.ahead.failure()) is not None:
+        session.note(failed)
+    if any(evaluator.timed for _, evaluator in evaluators):
+        session.ahead.wait()  # nothing runs beside what is timed
+    elif task.ahead is not None:
         session.ahead.start(*task.ahead)
     with clock("prepare"):
         for spec, evaluator in evaluators:

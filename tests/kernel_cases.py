@@ -587,6 +587,7 @@ def attention_reads_a_packed_cache(bits: int, tokens: int, dtype: torch.dtype, d
     for layer, in_words in zip(layers, (True, False), strict=True):
         layer.in_words = in_words
         layer.update(*(draw(2, 2, tokens, 32, seed=seed, dtype=dtype, device=device) for seed in (0, 1)))
+        layer.words_wanted = in_words
         found.append(layer.update(new[:2], new[2:]))
     words = [None if part is None else part.shape[1] for part in layers[0].words]
     assert words == ([None, None] if tokens == 40 else [128, 120 if bits == 4 else 112])
@@ -594,12 +595,12 @@ def attention_reads_a_packed_cache(bits: int, tokens: int, dtype: torch.dtype, d
     module.num_key_value_groups = 3
     module.qfarm_reading = packed_attention.Reading("sdpa", layers[0])
     queries = draw(2, 6, 1, 32, seed=3, dtype=dtype, device=device)
-    hidden = torch.ones(2, 1, 1, tokens + 1, dtype=torch.bool, device=device)
-    hidden[1, ..., :5] = False
+    seen = torch.ones(2, 1, 1, tokens + 1, dtype=torch.bool, device=device)
+    seen[1, ..., :5] = False
     with kernels_wherever_tensors_lie():
-        output, _ = packed_attention.attention(module, queries, *found[0], hidden, scaling=32**-0.5)
+        output, _ = packed_attention.attention(module, queries, *found[0], seen, scaling=32**-0.5)
     keys, values = (part.double().repeat_interleave(3, 1) for part in found[1])
-    scores = (queries.double() @ keys.mT * 32**-0.5).masked_fill(~hidden, -torch.inf)
+    scores = (queries.double() @ keys.mT * 32**-0.5).masked_fill(~seen, -torch.inf)
     expected = (scores.softmax(-1) @ values).transpose(1, 2)
     assert output.dtype == dtype and output.shape == (2, 1, 6, 32)
     assert float((output.double() - expected).abs().max()) <= {torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]

@@ -32,7 +32,7 @@ def test_needs_are_sums_over_shapes() -> None:
     assert found.solving == max(4 * H * H + 36 * 2 * H * M, 24 * M * M + 5 * H * M)
     passing = 2 * (4 * H + 2 * M + H + 2 * M + 4 * H) + 8 * (M + H)
     assert found.walk == 2 * TOKENS * H + TOKENS * passing
-    assert found.scoring == 2048 * passing + 2 * 2 * 2**26 + 24 * 2**17
+    assert found.scoring == 2048 * passing + 2 * 2 * 2048 * 1000 + 24 * 2**17
     assert found.peak == found.model + found.quantized + max(
         found.walk + found.statistics + found.solving, found.scoring
     )
@@ -52,9 +52,13 @@ def test_what_is_not_done_needs_nothing() -> None:
 def test_longer_windows_and_wider_numbers_need_more() -> None:
     *_, gptq = cells(dtype="bfloat16")
     *_, wide = cells(dtype="float32")
-    assert (
-        needs(FACTS, gptq, window=4096).scoring > needs(FACTS, gptq, window=512).scoring == needs(FACTS, gptq).scoring
-    )
+    scoring = [needs(FACTS, gptq, window=window).scoring for window in (0, 512, 2048, 4096)]
+    assert scoring[1] < scoring[2] == scoring[0] < scoring[3]
+    assert scoring[2] - scoring[1] == 2 * 2 * (2048 - 512) * 1000  # batches are as long as the usual ones
+    large = dataclasses.replace(FACTS, config=FACTS.config | {"vocab_size": 10**6})
+    assert needs(large, gptq, device="cpu").scoring - needs(large, gptq, device="cuda").scoring == 2 * 2 * (
+        2**26 - 2**27
+    ) + 24 * (2**17 - 2**27)
     assert needs(FACTS, wide).quantized == 2 * needs(FACTS, gptq).quantized
 
 

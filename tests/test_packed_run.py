@@ -87,6 +87,8 @@ def test_products_of_a_gpu_are_another_protocol_and_never_a_cpus(tmp_path: Path,
     ids = [[[spec.eval_id for spec in one.missing] for one in farm.plan().cells] for farm in plans]
     assert [fake for fake, _ in ids[0]] == [fake for fake, _ in ids[1]]
     assert not {packed for _, packed in ids[0]} & {packed for _, packed in ids[1]}
+    protocols = [farm.plan().cells[1].missing[1].protocol for farm in plans]
+    assert [(one["products"], one.get("products_on")) for one in protocols] == [(1, None), (2, "gpu")]
     outcome = plans[1].run(1)
     assert "planned for a GPU, but this worker is on cpu" in str(outcome.error) and not plans[1].table("cells")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qfarm import cache, divergence, predictions
+from qfarm import cache, divergence, predictions, sums
 from qfarm.divergence import histogram_counts, histogram_quantile
 from qfarm.errors import DataError, InvalidInput, NonFinite
 from qfarm.evaluate import build_evaluator, eval_id
@@ -88,6 +88,42 @@ def test_equals_a_plain_loop(session: Session, length: int) -> None:
     assert sum(document.tokens for document in documents) == 9 * (length - 1)
     by_window = [sum(d.loss for d in documents if d.window == i) / (length - 1) for i in range(9)]
     assert by_window == pytest.approx(losses, rel=1e-5)
+
+
+def test_chunks_and_a_head_with_a_bias_equal_a_plain_loop(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session.loaded.head, "bias", nn.Parameter(torch.linspace(-3, 3, 260)))
+    monkeypatch.setitem(predictions.LOGIT_BUDGET, "cpu", 25 * 260)  # 63 predictions: three chunks of 21
+    metrics, _ = run(session, windows=4, divergence=False)
+    losses = []
+    for ids in session.windows("python-docs", 64, 4).ids:
+        logits = session.loaded.model(ids[None]).logits[0, :-1].float()
+        losses.append(nn.functional.cross_entropy(logits, ids[1:]).item())
+    assert metrics["perplexity"].value == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+
+
+def test_large_evaluations_use_compiled_sums_or_say_why_not(
+    session: Session, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(session)
+    as_quantized(session, tiny)
+    for linear in session.loaded.linears(0).values():
+        session.loaded.replace_weight(linear, linear.weight + 0.1 * torch.randn_like(linear.weight))
+    by_blocks, _ = run(session)
+    monkeypatch.setattr(sums, "compiled", lambda dtype: pytest.fail("too small for it"))
+    run(session)
+    asked = []
+    monkeypatch.setattr(sums, "WANTED_FROM", 40 * 63 * 260)
+    monkeypatch.setattr(sums, "compiled", lambda dtype: asked.append(dtype) or sums.PLAIN)
+    found, _ = run(session)
+    assert asked == [session.loaded.dtype] and not session.notes
+    for name, metric in by_blocks.items():
+        assert found[name].value == pytest.approx(metric.value, rel=1e-5, abs=1e-9), name
+    assert found["kl"].value != by_blocks["kl"].value  # sums in float64
+    monkeypatch.setattr(sums, "compiled", lambda dtype: "no compiler")
+    again, _ = run(session)
+    assert again["kl"].value == by_blocks["kl"].value
+    said = "figures are computed op by op, torch.compile gives no function: no compiler"
+    assert session.notes == [f"perplexity python-docs 64 x40: {said}"]
 
 
 def test_baseline_against_itself_is_identical(session: Session, tiny: Path) -> None:

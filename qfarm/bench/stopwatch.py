@@ -22,7 +22,7 @@ class Stopwatch:
     """Seconds per section. Time outside all sections is that of "rest"."""
 
     def __init__(self, clock: Callable[[], float] | None = None, sections: Sequence[str] = SECTIONS) -> None:
-        self.seconds = dict.fromkeys(sections, 0.0)
+        self.seconds = dict.fromkeys((*sections, "rest"), 0.0)
         self._clock = clock or now
         self._stack = ["rest"]
         self._last = self._clock()

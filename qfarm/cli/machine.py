@@ -194,7 +194,7 @@ def bench_matrix(style: str, ways: str, data: str | None, **settings: Any) -> No
 def bench_evaluation(style: str, data: str | None, **settings: Any) -> None:
     """How near a cell's perplexity comes to the rate of matrix products, and where the rest of its time goes.
 
-    Two cells are run in this process, and nothing is kept. Threads: OMP_NUM_THREADS.
+    Two cells are run in this process, and no results are kept. Threads: OMP_NUM_THREADS.
 
     \b
     Examples:

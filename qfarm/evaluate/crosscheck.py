@@ -11,10 +11,10 @@ error of rounding one weight to the dtype, 3.5 times the usual one (sqrt(12)).
     layers    the same of each linear layer's output, on the inputs of the simulation; rounding the output by one unit
               is added to what the moved weights do
     cache     where kernels read the KV cache: outputs of attention over packed keys and values minus those over the
-              same ones dequantized, rms, as a share of the latter's; a few tokens read one at a time, behind as many of
-              the text (repeated, if it is shorter) as leave some in every kind of storage. At most `CACHE_ALLOWED`:
-              keys rounded to float16 move a score of 16 by less than 0.01, and with it a probability by 1 %; a wrong
-              group of codes or scales moves outputs by a tenth and more
+              same ones dequantized to float32, rms, as a share of the latter's; a few tokens read one at a time, behind
+              as many of the text (repeated, if it is shorter) as leave some in every kind of storage. At most
+              `CACHE_ALLOWED`: keys rounded to float16 move a score of 16 by less than 0.01, and with it a probability
+              by 1 %; a wrong group of codes or scales moves outputs by a tenth and more
 
 Why `ALLOWED` is 4: of the usual errors scales and weights have 0.3 units each, scale times zero of a 4-bit code up to
 0.6 where it counts eight scales beside a weight of four, inputs 0.3: together less than 1 unit, if their signs differ.
@@ -92,32 +92,46 @@ class Crosscheck(TextEvaluator):
         progress(3, 3)
         figures = compared(simulated, found, moved) | layers.worst()
         if packed.attention is not None:
-            figures |= self._cache(loaded, packed.attention, ids)
+            figures |= self._cache(session, packed.attention, ids)
         self._judge(figures, layers, str(loaded.dtype).removeprefix("torch."))
         units = {"logit_difference": "logits", "logit_rounding": "logits", "packed_kl": "nats per token"}
         units |= {"packed_agreement": "fraction of tokens", "worst_layer": "times rounding"}
         units |= {"cache_difference": "share of the output"}
+        counts = {"cache_difference": STEPS}
         better = {"packed_agreement": "higher", "logit_rounding": "none"}
         return Result(
             metrics=tuple(
-                Metric(metric=name, value=value, unit=units[name], better=better.get(name, "lower"), n=len(ids))
+                Metric(
+                    metric=name,
+                    value=value,
+                    unit=units[name],
+                    better=better.get(name, "lower"),
+                    n=counts.get(name, len(ids)),
+                )
                 for name, value in figures.items()
             ),
             documents=(),
         )
 
-    def _cache(self, loaded: LoadedModel, attention: PackedAttention, ids: Tensor) -> dict[str, float]:
+    def _cache(self, session: Session, attention: PackedAttention, ids: Tensor) -> dict[str, float]:
         """The largest difference of a block's attention, with a past that `ids` [windows, length] make up."""
+        loaded = session.loaded
         past = max(make().words_from for make in loaded.cache_layers)
+        limit = loaded.model.config.max_position_embeddings
+        if past + STEPS > limit:
+            session.note(f"{self.label}: the packed KV cache is not compared: {past + STEPS} tokens of at most {limit}")
+            return {}
         text = ids.flatten().repeat(-(-(past + STEPS) // ids.numel()))[: past + STEPS]
         with attention.compared() as differences:
             _read_steps(loaded, text, past)
+        if not differences:
+            raise Disagreement(f"{self.label}: attention did not read the packed KV cache that it was given")
         return {"cache_difference": max(differences, key=_nan_last)}
 
     def _judge(self, figures: dict[str, float], layers: Layers, dtype: str) -> None:
         """Raises Disagreement beyond the bound, NonFinite where there is nothing to compare."""
         if not all(map(math.isfinite, figures.values())):
-            raise NonFinite(f"{self.label}: a logit or a layer's output is not finite: {figures}")
+            raise NonFinite(f"{self.label}: a logit, a layer's or attention's output is not finite: {figures}")
         unit = f"moving the weights by one unit in the last place of {dtype}"
         worst = figures.get("worst_layer", 0.0)
         if worst > ALLOWED:

@@ -12,8 +12,8 @@ several tokens hands back is a choice of the evaluation:
 A call with one token hands back what is stored, in all three. A layer with a residual window (KIVI) has it
 in full precision even then: `settle` quantizes what is due after it was read.
 
-Where attention's kernels read codes (`qfarm.layers.packed_attention`), such a call hands back only those tokens that
-lie in no word, and `words` are the others.
+Where attention's kernels read codes (`qfarm.layers.packed_attention`) and ask for them, such a call hands back only
+those tokens that lie in no word, and `words` are the others.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
         self.rotary = False  # keys come behind a rotary embedding; a layer outside a model is handed plain ones
         self.rotation: Rotation | None = None  # of the tokens of the next update, for layers before the embedding
         self.in_words = False  # what is stored is kept in words that attention's kernels read
-        self.words: Words = (None, None)  # of the latest update with one token, for the attention that follows it
+        self.words_wanted = False  # who reads the next update takes them; else it is handed dense tensors
+        self.words: Words = (None, None)  # of that update, for the attention that follows it
         self._rotations: dict[str, Tensor] = {}  # of all tokens; positions give them, so they count as no storage
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -71,8 +72,8 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
     def settle(self) -> None:
         """Quantize what no longer belongs to the residual window; layers that quantize in `append` have none."""
 
-    def words_refusal(self, width: int) -> str | None:
-        """Why attention's kernels cannot read what this layer stores of heads of `width` numbers, or None."""
+    def words_refusal(self) -> str | None:
+        """Why attention's kernels cannot read what this layer stores, or None."""
         return f"{type(self).__name__} stores codes in no layout that attention's kernels read"
 
     @property
@@ -100,8 +101,9 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
         past = self._dense() if keeps and self.length else None
         self.append(self._before_embedding(key_states), value_states)
         self.length += tokens
+        wanted, self.words_wanted = self.words_wanted and self.in_words, False
         if tokens == 1:
-            if self.in_words:
+            if wanted:
                 self.words, found = self.split()
             else:
                 found = self._dense()

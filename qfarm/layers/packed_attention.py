@@ -2,9 +2,9 @@
 
 While a packed run on a GPU lasts, its model calls `attention`. Of a call with one token per sequence the cache hands
 over words (`PackedKV`) and those tokens that lie in none (`qfarm.layers.cache`): scores of the two are put side by side
-for one softmax in float32, outputs are added. Queries that share a key head are rows of one product. Any other call
-goes to the attention that the model had before: prompts have no packed past, and several tokens behind one read it
-dequantized.
+for one softmax, and outputs are added, in float32. Queries that share a key head are rows of one product. Any other
+call goes to the attention that the model had before: prompts have no packed past, and several tokens behind one read
+it dequantized.
 
 Kernels compute in float16 with sums in float32, so models in float32 keep what they have. None of it has run on a GPU;
 tests run it in Triton's interpreter.
@@ -36,7 +36,10 @@ from qfarm.models.past import given_cache
 NAME = "qfarm_packed"  # in transformers' registries of attention functions and of masks
 READING = "qfarm_reading"  # attribute of an attention module
 INSIDE = ("sdpa", WITH_SITES)  # what it may stand around: both take masks that add or choose
-MOST_ROWS = 16  # queries that share a key head; the compiler's report is for 8 (qfarm.kernels.aot)
+MOST_ROWS, WIDTHS = (
+    8,
+    (16, 32, 64, 128),
+)  # queries per key head, numbers per head: up to what qfarm.kernels.aot compiles
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -63,8 +66,8 @@ def unfit(loaded: LoadedModel) -> str | None:
     config = loaded.model.config
     if config._attn_implementation not in INSIDE:
         return f"the model's attention is {config._attn_implementation}, they stand in for {' or '.join(INSIDE)}"
-    if loaded.head_dim < 16 or loaded.head_dim & (loaded.head_dim - 1):
-        return f"heads of {loaded.head_dim} numbers: kernels take powers of two from 16 on"
+    if loaded.head_dim not in WIDTHS:
+        return f"heads of {loaded.head_dim} numbers: kernels take {', '.join(map(str, WIDTHS))}"
     if loaded.turns:
         return "keys are stored turned"
     for block, make in enumerate(loaded.cache_layers):
@@ -73,9 +76,9 @@ def unfit(loaded: LoadedModel) -> str | None:
         if rows > MOST_ROWS:
             return f"{rows} heads of queries share one of keys: kernels take up to {MOST_ROWS}"
         sites: AttentionSites | None = getattr(loaded.attention(block), SETTINGS, None)
-        if sites is not None and (sites.k or sites.v or sites.probs):
-            return "keys, values or probabilities are rounded where attention reads them"
-        reason = make().words_refusal(loaded.head_dim)
+        if sites is not None and sites != AttentionSites():
+            return "queries, keys, values or probabilities are rounded where attention reads them"
+        reason = make().words_refusal()
         if reason:
             return reason
     return None
@@ -110,7 +113,7 @@ class PackedAttention:
 
     @contextlib.contextmanager
     def compared(self) -> Iterator[list[float]]:
-        """Inside, each output is compared with that of attention over the same keys and values dequantized.
+        """Inside, each output is compared with that over the same keys and values dequantized, all in float32.
 
         Gets rms of the difference over rms of the latter.
         """
@@ -134,7 +137,10 @@ class _Find:
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = given_cache(kwargs)
         layer = None if cache is None else cache.layers[self.block]
-        getattr(module, READING).layer = layer if isinstance(layer, QuantizedLayer) and layer.in_words else None
+        found = layer if isinstance(layer, QuantizedLayer) and layer.in_words else None
+        getattr(module, READING).layer = found
+        if found is not None:
+            found.words_wanted = True
 
 
 def attention(
@@ -157,42 +163,43 @@ def attention(
     if known:
         raise ModelError(f"{type(module).__name__} asks for {known}, which attention over packed keys does not know")
     words, layer.words = layer.words, (None, None)
-    sites: AttentionSites | None = getattr(module, SETTINGS, None)
-    queries = query if sites is None or sites.q is None else sites.q(query)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = _over_words(queries, key, value, words, attention_mask, scale)
+    out = _over_words(query, key, value, words, attention_mask, scale)
     if reading.differences is not None:
-        dense = [_dense(packed, rest) for packed, rest in zip(words, (key, value), strict=True)]
-        expected = inner(query, *dense, attention_mask)[0].float()
-        reading.differences.append(float((out.float() - expected).norm() / expected.norm()))
-    return out, None
+        keys, values = _dense(words[0], key), _dense(words[1], value)
+        expected = _over_words(query, keys, values, (None, None), attention_mask, scale)
+        reading.differences.append(float((out - expected).norm() / expected.norm()))
+    return out.to(query.dtype), None
 
 
 def _over_words(queries: Tensor, key: Tensor, value: Tensor, words: Words, mask: Tensor | None, scale: float) -> Tensor:
-    """queries [B, H, 1, D], key and value [B, H_kv, tokens in no word, D] -> [B, 1, H, D]."""
+    """queries [B, H, 1, D], key and value [B, H_kv, tokens in no word, D] -> float32 [B, 1, H, D].
+
+    Values are weighted with exp(score - the largest), and the sum is divided by in the end: shares of many tokens may
+    be too small for the float16 of the kernels.
+    """
     keys, values = words
     batch, heads, _, width = queries.shape
     rows = queries.reshape(batch * key.shape[1], -1, width)
-    scores = (rows @ key.flatten(0, 1).mT).float() * scale
+    scores = rows.float() @ key.flatten(0, 1).mT.float() * scale
     if keys is not None:
         scores = torch.cat([ops.kv_scores(rows.contiguous(), keys, scale), scores], dim=-1)
-    scores = scores.reshape(batch, heads, 1, -1)
     if mask is not None:
-        scores = _masked(scores, mask)
-    probs = torch.softmax(scores, dim=-1).reshape(*rows.shape[:2], -1)
+        scores = _masked(scores.reshape(batch, heads, 1, -1), mask).reshape(scores.shape)
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
     packed = 0 if values is None else values.shape[1]
-    out = (probs[:, :, packed:].to(value.dtype) @ value.flatten(0, 1)).float()
+    out = weights[:, :, packed:] @ value.flatten(0, 1).float()
     if values is not None:
-        out = out + ops.kv_outputs(probs[:, :, :packed].contiguous(), values)
-    return out.to(queries.dtype).reshape(batch, 1, heads, width)
+        out = out + ops.kv_outputs(weights[:, :, :packed].contiguous(), values)
+    return (out / weights.sum(-1, keepdim=True)).reshape(batch, 1, heads, width)
 
 
 def _dense(packed: PackedKV | None, rest: Tensor) -> Tensor:
-    """Keys or values of all tokens [B, H_kv, S, D]."""
+    """Keys or values of all tokens, float32 [B, H_kv, S, D]."""
     if packed is None:
-        return rest
+        return rest.float()
     first = packed.dequantize().reshape(*rest.shape[:2], -1, rest.shape[-1])
-    return torch.cat([first.to(rest.dtype), rest], dim=2)
+    return torch.cat([first, rest.float()], dim=2)
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:

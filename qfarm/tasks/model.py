@@ -26,7 +26,8 @@ from qfarm.models.past import cache_keyword
 from qfarm.tasks.batches import Bundle, Request, batched, bundles, make_request
 from qfarm.tasks.generate import Generated, Progress, Prompt, generate
 
-LOGIT_BUDGET = {"cpu": 1 << 24, "cuda": 1 << 27}  # elements of one chunk of logits
+# Elements of one chunk of logits; unlike those of perplexity, chunks lie in new memory each time.
+LOGIT_BUDGET = {"cpu": 1 << 24, "cuda": 1 << 27}
 GENERATION_FACTOR = 8  # times as many tokens in the cache as one pass reads: decoding reads one token a row
 
 
