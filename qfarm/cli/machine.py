@@ -166,7 +166,7 @@ def bench_tasks(style: str, tasks: str, data: str | None, **settings: Any) -> No
 def bench_matrix(style: str, ways: str, data: str | None, **settings: Any) -> None:
     """A fixed matrix of 24 cells three ways: the farm, the farm with nothing shared, one fresh process per cell.
 
-    Nothing is kept. Not yet run at full size: expect an hour or more on two cores.
+    Nothing is kept. Expect one to two hours on two cores.
 
     \b
     Examples:
