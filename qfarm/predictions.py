@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from qfarm.worker import Session
 
 BATCH_TOKENS = 2048  # per forward pass; fixed, since the batch's shape can move the last bits of a loss
-# Elements of one chunk of logits: a few tokens at once make the head's product slow (341 of a vocabulary of 49,152 take
-# 1.7 times as long as 1024, bfloat16 on one thread), all of them take gigabytes.
+# Elements of one chunk of logits: few tokens at once make the head's product slow (341 take 1.9 times as long per token
+# as 1,024: docs/benchmarks.md#one-evaluation), all of them take gigabytes.
 LOGIT_BUDGET = {"cpu": 1 << 26, "cuda": 1 << 27}
 HIDDEN = "hidden"  # cache folder of baselines' hidden states
 

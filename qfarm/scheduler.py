@@ -305,10 +305,11 @@ class Scheduler:
 
     def next_load(self, worker: str, *, gpus: float = 0.0) -> Cell | None:
         """A cell of the model that the worker will most likely load next; None while its own has cells to hand out."""
-        model, other = self._home.get(worker), self._most_pressing(gpus)
-        if model is None or model.ready or model.blocked or other is None or other is model:
+        model = self._home.get(worker)
+        if model is None or model.ready or model.blocked:
             return None
-        return self._first(worker, other).cell
+        other = self._most_pressing(gpus)
+        return None if other is None else self._first(worker, other).cell
 
     def started(self, cell_id: str, worker: str, now: float) -> None:
         """The worker took the cell that `ready` gave it: a new attempt begins."""

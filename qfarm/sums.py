@@ -66,9 +66,6 @@ def _norm(high: Tensor, total: Tensor) -> Tensor:
     return high[:, 0].double() + total.log()
 
 
-PLAIN = Functions(one, both)  # the same, op by op; for tests
-
-
 def wanted(predictions: int, vocabulary: int, device: torch.device) -> bool:
     """Whether an evaluation is large enough. Measured on CPUs only."""
     return device.type == "cpu" and predictions * vocabulary >= WANTED_FROM

@@ -43,9 +43,8 @@ def test_words_hold_the_codes_that_a_layer_has_without_them(bits: int, padded: b
         assert layer.length == 140
     plain, words = layers
     assert words.state["k_word_codes"].shape[2] == 128 * bits // 32 and "k_codes" not in words.state
-    assert words.state["v_word_codes"].shape[2] == 76 * bits // 32 and words.state["v_codes"].shape[2] == 76 % (
-        32 // bits
-    )
+    assert words.state["v_word_codes"].shape[2] == 76 * bits // 32
+    assert words.state["v_codes"].shape[2] == 76 % (32 // bits)
     for found, expected in zip(words.read(), plain.read(), strict=True):
         assert torch.equal(found, expected)
     assert words.stored_bytes() == plain.stored_bytes()
@@ -95,7 +94,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     def counted(queries: Tensor, *rest: object) -> Tensor:
         shapes.append(tuple(queries.shape))
-        return real(queries, *rest)  # type: ignore[arg-type]
+        return real(queries, *rest)  # type: ignore[arg-type]  # handed on as they came
 
     monkeypatch.setattr(ops, "kv_scores", counted)
     return shapes

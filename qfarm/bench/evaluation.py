@@ -29,7 +29,7 @@ import yaml
 from torch import nn
 
 from qfarm import environment
-from qfarm.bench.matrix import measured_rate
+from qfarm.bench.matrix import decoder_operations, measured_rate
 from qfarm.bench.stopwatch import Place, Stopwatch, now, timed
 from qfarm.errors import QfarmError
 from qfarm.evaluate.perplexity import Perplexity
@@ -127,12 +127,11 @@ def _silent(stage: str, done: int = 0, total: int = 0) -> None:
 
 def least_operations(facts: ModelFacts, tokens: int, length: int) -> dict[str, float]:
     """Floating-point operations of the parts, two per multiplication, for tokens read in windows of `length`."""
-    width = facts.linear_shapes["o"][1]  # all heads side by side
     head = facts.config["vocab_size"] * facts.config["hidden_size"]
+    products, attention = decoder_operations(facts, tokens, length)
     return {
-        "products": 2.0 * tokens * facts.parameters[0],
-        # Scores and outputs, each for the half of the pairs that the mask leaves.
-        "attention": 2.0 * tokens * facts.config["num_hidden_layers"] * length * width,
+        "products": products,
+        "attention": attention,
         "head": 2 * 2.0 * (tokens - tokens // length) * head,  # a window's last token predicts nothing
     }
 

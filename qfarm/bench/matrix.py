@@ -204,26 +204,28 @@ def least_operations(plan: Plan, facts: ModelFacts, settings: Settings, cells: i
     Attention is counted for the half of the pairs that the mask leaves. Rounding, searches and the quantizers of
     inputs are left out.
     """
-    linear, head = facts.parameters[0], facts.config["vocab_size"] * facts.config["hidden_size"]
+    head = facts.config["vocab_size"] * facts.config["hidden_size"]
     layers: int = facts.config["num_hidden_layers"]
-    width = facts.linear_shapes["o"][1]  # all heads side by side
     shapes = facts.linear_shapes.values()
     evaluated, calibrated = settings.windows * settings.length, settings.samples * settings.calibration_length
-
-    def body(tokens: int, length: int) -> float:
-        return tokens * (2.0 * linear + layers * 2.0 * length * width)
-
     chosen = [planned.cell for planned in plan.cells][:cells]
     total = 0.0
     for cell in chosen:
         heads = 1 if cell.is_baseline else 2  # the baseline's logits are made again, to be compared with
-        total += body(evaluated, settings.length) + heads * 2.0 * evaluated * head
+        total += sum(decoder_operations(facts, evaluated, settings.length)) + heads * 2.0 * evaluated * head
         if any(spec["name"] == "gptq" for spec in cell.methods):
             total += layers * sum(1.0 * m * n * n for m, n in shapes)  # the column loop's updates
     if any(cell.calibration for cell in chosen):
-        total += body(calibrated, settings.calibration_length)
+        total += sum(decoder_operations(facts, calibrated, settings.calibration_length))
         total += layers * sum(1.0 * calibrated * n * n for n in _inputs(facts))
     return total
+
+
+def decoder_operations(facts: ModelFacts, tokens: int, length: int) -> tuple[float, float]:
+    """Of linear layers, and of attention, for tokens in windows of `length`."""
+    width = facts.linear_shapes["o"][1]  # all heads side by side
+    # Scores and outputs, each for the half of the pairs that the mask leaves.
+    return 2.0 * tokens * facts.parameters[0], 2.0 * tokens * facts.config["num_hidden_layers"] * length * width
 
 
 def _inputs(facts: ModelFacts) -> list[int]:

@@ -36,10 +36,8 @@ from qfarm.models.past import given_cache
 NAME = "qfarm_packed"  # in transformers' registries of attention functions and of masks
 READING = "qfarm_reading"  # attribute of an attention module
 INSIDE = ("sdpa", WITH_SITES)  # what it may stand around: both take masks that add or choose
-MOST_ROWS, WIDTHS = (
-    8,
-    (16, 32, 64, 128),
-)  # queries per key head, numbers per head: up to what qfarm.kernels.aot compiles
+# Queries that share a key head, and numbers of a head: up to what `qfarm.kernels.aot` compiles.
+MOST_ROWS, WIDTHS = 8, (16, 32, 64, 128)
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -49,7 +47,7 @@ class Reading:
 
     inner: str  # attention of all other calls
     layer: QuantizedLayer | None = None  # of the cache, from the module's call to that of `attention`
-    differences: list[float] | None = None  # gets one of each call, while kernels are compared with `inner`
+    differences: list[float] | None = None  # gets one of each call, while `compared` lasts
 
 
 def refusal(loaded: LoadedModel) -> str | None:
@@ -152,7 +150,10 @@ def attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output [B, T, H, D]; `key` and `value` are those of tokens in no word where the layer has words."""
+    """Output [B, T, H, D]; `key` and `value` are those of tokens in no word where the layer has words.
+
+    Raises ModelError for what only another attention knows (softcap, sinks, a bias of positions).
+    """
     reading: Reading = getattr(module, READING)
     layer, reading.layer = reading.layer, None
     inner = functools.partial(ALL_ATTENTION_FUNCTIONS[reading.inner], module, scaling=scaling, **others)

@@ -51,10 +51,11 @@ class Ahead:
             return None
         self._said.seek(0)
         last = self._said.read().decode(errors="replace").strip().rpartition("\n")[2]
-        code, reference = self._process.returncode, self._latest[0] if self._latest else ""
+        code = self._process.returncode
         self._said.close()
         self._process = self._said = None
-        return f"{reference} could not be fetched ahead: {last or f'exit code {code}'}" if code else None
+        assert self._latest is not None
+        return f"{self._latest[0]} could not be fetched ahead: {last or f'exit code {code}'}" if code else None
 
 
 def fetch(reference: str, dtype: str) -> None:
